@@ -1,0 +1,1 @@
+//! The archive-mode OSTree repository on disk; to come.

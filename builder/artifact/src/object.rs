@@ -1,0 +1,1 @@
+//! OSTree object formats.

@@ -1,0 +1,12 @@
+//! To come.
+
+use anyhow::Result;
+use clap::Args;
+use oscontainer_program::options::Global;
+
+#[derive(Debug, Clone, Args)]
+pub struct PackArgs {}
+
+pub fn main(_args: PackArgs, _global: &Global) -> Result<()> {
+    anyhow::bail!("to come")
+}

@@ -1,0 +1,12 @@
+//! To come.
+
+use anyhow::Result;
+use clap::Args;
+use oscontainer_program::options::Global;
+
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {}
+
+pub fn main(_args: RunArgs, _global: &Global) -> Result<()> {
+    anyhow::bail!("to come")
+}

@@ -1,0 +1,151 @@
+//! What the end-to-end tests share: where the binaries are, how they are run and
+//! what they leave. The tests drive the binaries, never their modules.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// A command that runs `oscontainer-builder`, with no environment of the caller's
+/// that could change what it does.
+pub fn builder() -> Command {
+    binary("OSCONTAINER_BUILDER", "release/oscontainer-builder")
+}
+
+/// A command that runs `oscontainer-aggregator`: the static one that ships.
+pub fn aggregator() -> Command {
+    binary("OSCONTAINER_AGGREGATOR", "static/oscontainer-aggregator")
+}
+
+/// A program that is neither ours nor needs a description.
+pub fn tool(name: &str) -> Command {
+    Command::new(name)
+}
+
+fn binary(variable: &str, below_target: &str) -> Command {
+    let path = std::env::var_os(variable).map_or_else(|| target_dir().join(below_target), PathBuf::from);
+    assert!(path.exists(), "{} is missing: `make build` makes it, or set {variable}", path.display());
+    let mut command = Command::new(path);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("OSCONTAINER_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// Cargo's target directory: this test's binary lies in `TARGET/release/deps`.
+pub fn target_dir() -> PathBuf {
+    let exe = std::env::current_exe().expect("a running program has a path");
+    let deps = exe.ancestors().find(|dir| dir.ends_with("deps")).expect("tests run from TARGET/PROFILE/deps");
+    deps.ancestors().nth(2).expect("deps has two parents").to_owned()
+}
+
+/// The root of the project's sources.
+pub fn source_dir() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the project")
+}
+
+/// What a command that was run to its end left.
+#[derive(Debug)]
+pub struct Done {
+    /// The exit code, or -1 after a signal.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Done {
+    /// Standard output as one JSON object.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("stdout is not JSON ({e}): {self:?}"))
+    }
+}
+
+/// Runs `command` to its end, whatever it is.
+#[track_caller]
+pub fn run(command: &mut Command) -> Done {
+    let Output { status, stdout, stderr } =
+        command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("running {command:?}: {e}"));
+    Done {
+        code: status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&stderr).into_owned(),
+    }
+}
+
+/// Runs `command` and requires that it ends with 0; gives what it printed.
+#[track_caller]
+pub fn ok(command: &mut Command) -> Done {
+    let done = run(command);
+    assert!(done.code == 0, "{command:?} ended with {}\n{}\n{}", done.code, done.stdout, done.stderr);
+    done
+}
+
+/// Runs `command` and requires that it fails with `code` and exactly one error
+/// line that contains `reason`.
+#[track_caller]
+pub fn fails(command: &mut Command, code: i32, reason: &str) -> Done {
+    let done = run(command);
+    assert!(done.code == code, "{command:?} ended with {}, not {code}\n{}\n{}", done.code, done.stdout, done.stderr);
+    let errors: Vec<_> = done.stderr.lines().filter(|line| line.contains("ERROR")).collect();
+    assert!(errors.len() == 1 && errors[0].contains(reason), "expected one error with {reason:?}: {}", done.stderr);
+    done
+}
+
+/// A server of ours in the background; dropped, it is killed.
+pub struct Server {
+    child: Child,
+    /// `127.0.0.1:PORT`.
+    pub address: String,
+}
+
+impl Server {
+    /// Starts `command --listen 127.0.0.1:PORT` on a free port and waits until
+    /// `/healthz` may be asked.
+    #[track_caller]
+    pub fn start(command: &mut Command) -> Self {
+        let address = free_address();
+        let child = command
+            .args(["--listen", &address])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|e| panic!("running {command:?}: {e}"));
+        let mut server = Self { child, address };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while std::net::TcpStream::connect(&server.address).is_err() {
+            let ended = server.child.try_wait().expect("a child can be waited for");
+            assert!(ended.is_none(), "{command:?} ended: {ended:?}");
+            assert!(Instant::now() < deadline, "{command:?} did not listen in 20 s");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        server
+    }
+
+    /// `http://127.0.0.1:PORT`.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The process, to be killed or waited for.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended already; that is what the drop wants.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An address on loopback that is free now.
+pub fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener.local_addr().expect("a bound socket has an address").to_string()
+}
