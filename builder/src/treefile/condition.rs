@@ -144,7 +144,7 @@ impl Condition {
         };
         if actual.kind() != value.kind() {
             return Err(format!(
-                "{variable:?} is {}, {actual:?}, and cannot be compared with {}",
+                "{variable:?} is {}, {actual}, and cannot be compared with {}",
                 actual.kind(),
                 value.kind()
             ));

@@ -13,7 +13,7 @@ mod kickstart;
 mod load;
 mod parse;
 mod source;
-mod types;
+pub mod types;
 
 use std::io::{Write, stdout};
 use std::path::PathBuf;
@@ -25,10 +25,6 @@ use serde_json::Value;
 
 pub use fields::Treefile;
 pub use load::load;
-pub use types::{
-    BootLocation, CheckGroups, CheckPasswd, Edition, MetadataTarget, OptUsrLocal, ReleaseVer, RepoPackages, Rojig,
-    RpmdbBackend, Sysusers, UserIds,
-};
 
 /// For what machine a treefile is read.
 #[derive(Debug, Clone, PartialEq, Eq)]

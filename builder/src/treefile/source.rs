@@ -54,6 +54,15 @@ pub struct SyntaxError {
     pub message: String,
 }
 
+impl SyntaxError {
+    /// The parsers repeat the place in their message.
+    fn new(place: Option<(usize, usize)>, error: &dyn fmt::Display) -> Self {
+        let repeated = place.map(|(line, column)| format!(" at line {line} column {column}")).unwrap_or_default();
+        let message = error.to_string();
+        Self { place, message: message.replacen(&repeated, "", 1) }
+    }
+}
+
 /// Parses `text`. An empty YAML text is null.
 ///
 /// # Errors
@@ -70,15 +79,14 @@ pub fn parse(text: &str, format: Format, repeatable: fn(&str) -> bool) -> Result
                 None if text.lines().all(|line| line.trim_start().starts_with('#') || line.trim().is_empty()) => {
                     Ok(Value::Null)
                 }
-                place => Err(SyntaxError { place: place.map(|p| (p.line(), p.column())), message: error.to_string() }),
+                place => Err(SyntaxError::new(place.map(|p| (p.line(), p.column())), &error)),
             })
         }
         Format::Json => {
             let mut reader = serde_json::Deserializer::from_str(text);
-            seed.deserialize(&mut reader).and_then(|value| reader.end().map(|()| value)).map_err(|error| SyntaxError {
-                place: Some((error.line(), error.column())),
-                message: error.to_string(),
-            })
+            seed.deserialize(&mut reader)
+                .and_then(|value| reader.end().map(|()| value))
+                .map_err(|error| SyntaxError::new(Some((error.line(), error.column())), &error))
         }
     }
 }

@@ -203,16 +203,6 @@ pub enum UserIds {
     UserAndGroup([u32; 2]),
 }
 
-impl UserIds {
-    /// User id and group id.
-    pub fn ids(self) -> (u32, u32) {
-        match self {
-            Self::Same(id) | Self::SameInList([id]) => (id, id),
-            Self::UserAndGroup([user, group]) => (user, group),
-        }
-    }
-}
-
 impl Decode for UserIds {
     fn decode(value: &Value, problems: &mut Problems) -> Option<Self> {
         if !value.is_array() {
