@@ -59,12 +59,13 @@ struct Relation {
 ///
 /// When apt knows no such package, or an alternative cannot be met by the first
 /// that it lists.
-pub fn closure(names: &[&str]) -> Result<Vec<Deb>> {
+pub fn closure(names: &[&str], cache: &Path) -> Result<Vec<Deb>> {
+    std::fs::create_dir_all(cache).with_context(|| format!("creating {}", cache.display()))?;
     let mut found: BTreeMap<String, Deb> = BTreeMap::new();
     let mut asked: BTreeSet<String> = BTreeSet::new();
     let mut wanted: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
     while !wanted.is_empty() {
-        for deb in show(&wanted)? {
+        for deb in show(&wanted, cache)? {
             found.insert(deb.name.clone(), deb);
         }
         asked.append(&mut wanted);
@@ -83,15 +84,26 @@ pub fn closure(names: &[&str]) -> Result<Vec<Deb>> {
     Ok(found.into_values().collect())
 }
 
-fn show(names: &BTreeSet<String>) -> Result<Vec<Deb>> {
-    let apt_show = || output(Command::new("apt-cache").args(["show", "--no-all-versions"]).args(names));
+fn show(names: &BTreeSet<String>, cache: &Path) -> Result<Vec<Deb>> {
+    let apt_show = || output(apt("apt-cache", cache)?.args(["show", "--no-all-versions"]).args(names));
     let mut text = apt_show()?;
     if !text.contains("Filename: ") {
         // A fresh container image has no lists.
-        output(Command::new("apt-get").args(["--quiet", "update"]))?;
+        output(Command::new("apt-get").args(["--quiet", "update"])).context("updating apt's lists")?;
         text = apt_show()?;
     }
     text.split("\n\n").filter(|stanza| !stanza.trim().is_empty()).map(Deb::parse).collect()
+}
+
+/// apt keeps no binary index in container images and makes one at every call, in
+/// seconds; here it finds it in `cache`.
+fn apt(program: &str, cache: &Path) -> Result<Command> {
+    let cache = std::path::absolute(cache).with_context(|| format!("finding {}", cache.display()))?;
+    let mut command = Command::new(program);
+    for index in ["pkgcache", "srcpkgcache"] {
+        command.arg("-o").arg(format!("Dir::Cache::{index}={}/{index}.bin", cache.display()));
+    }
+    Ok(command)
 }
 
 impl Deb {
@@ -201,20 +213,17 @@ pub fn architecture() -> Result<String> {
 ///
 /// When apt cannot download one.
 pub fn download(debs: &[Deb], cache: &Path) -> Result<()> {
-    std::fs::create_dir_all(cache).with_context(|| format!("creating {}", cache.display()))?;
     let missing: Vec<_> = debs.iter().filter(|deb| !cache.join(deb.file_name()).exists()).collect();
     if missing.is_empty() {
         return Ok(());
     }
     // Beside the cache's files, then moved: what has its name there is whole.
     let partial = tempfile::tempdir_in(cache).context("creating a directory for downloads")?;
-    let fetch = || {
-        // Without this apt warns that its own user cannot write here.
-        let mut command = Command::new("apt-get");
-        command.args(["--quiet", "-o", "APT::Sandbox::User=root", "download"]).current_dir(partial.path());
-        output(command.args(missing.iter().map(|deb| format!("{}={}", deb.name, deb.version))))
-    };
-    fetch().context("downloading Debian packages")?;
+    let mut command = apt("apt-get", cache)?;
+    // Without this apt warns that its own user cannot write here.
+    command.args(["--quiet", "-o", "APT::Sandbox::User=root", "download"]).current_dir(partial.path());
+    command.args(missing.iter().map(|deb| format!("{}={}", deb.name, deb.version)));
+    output(&mut command).context("downloading Debian packages")?;
     for deb in missing {
         let name = deb.file_name();
         std::fs::rename(partial.path().join(&name), cache.join(&name)).with_context(|| format!("keeping {name}"))?;

@@ -165,7 +165,7 @@ impl Source {
 }
 
 fn demo_sources(cache: &Path) -> Result<Vec<Source>> {
-    let debs = deb::closure(&DEMO)?;
+    let debs = deb::closure(&DEMO, cache)?;
     deb::download(&debs, cache)?;
     let described = synthetic::base(&deb::architecture()?).into_iter().map(Source::Described);
     Ok(described.chain(debs.into_iter().map(Source::Deb)).collect())
