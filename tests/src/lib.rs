@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: where the binaries are, how they are run and
 //! what they leave. The tests drive the binaries, never their modules.
 
+pub mod artifacts;
+pub mod http;
 pub mod rpms;
 
 use std::net::TcpListener;
