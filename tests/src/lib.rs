@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: where the binaries are, how they are run and
 //! what they leave. The tests drive the binaries, never their modules.
 
+pub mod repo;
+
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -45,7 +45,7 @@ pub struct ImageArgs {
     #[arg(long = "ref", value_name = "REF", env = "OSCONTAINER_REF")]
     ref_name: Option<String>,
     /// Where the image goes: oci:DIR[:TAG] or oci-archive:FILE[:TAG]
-    #[arg(long, value_name = "IMAGE", env = "OSCONTAINER_OUTPUT")]
+    #[arg(long, value_name = "IMAGE", env = "OSCONTAINER_IMAGE")]
     output: String,
     /// Static executable that becomes the image's server [default: the running program]
     #[arg(long, value_name = "FILE", env = "OSCONTAINER_SERVER")]
