@@ -6,6 +6,7 @@ mod cli;
 mod fetch;
 mod image;
 mod repo;
+mod rfc3339;
 mod serve;
 mod verify;
 

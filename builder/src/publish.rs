@@ -63,6 +63,9 @@ pub struct Published {
     pub ref_name: String,
     /// The artifact's version.
     pub version: String,
+    /// Whether the endpoint had it not before.
+    #[serde(skip)]
+    pub changed: bool,
 }
 
 /// Uploads an artifact and prints where it is.
@@ -138,9 +141,10 @@ impl Remote {
     async fn publish(&self, local: &Local) -> Result<Published> {
         let digest = Digest::of(&local.bytes);
         let manifest_url = self.url(&local.manifest, FILE)?;
-        match retried("asking for the manifest", async || self.stored(&manifest_url).await).await? {
+        let changed = match retried("asking for the manifest", async || self.stored(&manifest_url).await).await? {
             Some(stored) if stored == digest.to_string() => {
                 tracing::info!("{manifest_url} is there already, with the same digest");
+                false
             }
             Some(stored) => {
                 let conflict = format!("{manifest_url} is there already, with {stored} instead of {digest}");
@@ -150,8 +154,9 @@ impl Remote {
                 retried("uploading the tarball", async || self.put_tarball(local).await).await?;
                 retried("uploading the manifest", async || self.put_manifest(&manifest_url, &local.bytes).await)
                     .await?;
+                true
             }
-        }
+        };
         let manifest = &local.manifest;
         Ok(Published {
             manifest_url: manifest_url.to_string(),
@@ -159,6 +164,7 @@ impl Remote {
             commit: manifest.commit.to_string(),
             ref_name: manifest.ref_name.clone(),
             version: manifest.version.to_string(),
+            changed,
         })
     }
 

@@ -3,6 +3,7 @@
 
 pub mod artifacts;
 pub mod http;
+pub mod repo;
 pub mod rpms;
 
 use std::net::TcpListener;

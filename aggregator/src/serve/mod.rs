@@ -1,12 +1,151 @@
-//! To come.
+//! `serve`: the oscontainer's entry point, a repository over HTTP. Validators come
+//! from content, never from file times, for those are all 0 in an image: a node with a
+//! cached summary would get 304 for ever.
 
-use anyhow::Result;
+mod metrics;
+mod page;
+mod path;
+mod tree;
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS,
+};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use clap::Args;
+use oscontainer_program::files::{self, NO_CACHE};
 use oscontainer_program::options::Global;
+use oscontainer_program::server;
 
+use metrics::Metrics;
+use page::Page;
+use tree::Tree;
+
+/// The `Content-Type` of short answers.
+const TEXT: &str = "text/plain; charset=utf-8";
+
+/// Options of `serve`.
 #[derive(Debug, Clone, Args)]
-pub struct ServeArgs {}
+pub struct ServeArgs {
+    /// OSTree repository to serve
+    #[arg(long, value_name = "DIR", env = "OSCONTAINER_REPO", default_value = "/srv/repo")]
+    repo: PathBuf,
+    /// Address and port to listen on; port 0 takes a free one and logs it
+    #[arg(long, value_name = "ADDR", env = "OSCONTAINER_LISTEN", default_value = "[::]:8080")]
+    listen: SocketAddr,
+}
 
-pub fn main(_args: ServeArgs, _global: &Global) -> Result<()> {
-    anyhow::bail!("to come")
+struct Site {
+    tree: Tree,
+    page: Page,
+    metrics: Metrics,
+}
+
+/// Serves until it is told to stop.
+///
+/// # Errors
+/// When the repository cannot be read or the address not be bound.
+pub fn main(args: ServeArgs, _global: &Global) -> Result<()> {
+    let site = Site { tree: Tree::open(&args.repo)?, page: Page::new(&args.repo), metrics: Metrics::new() };
+    let router = Router::new().fallback(handle).with_state(Arc::new(site));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(server::serve(reachable(args.listen), router))
+}
+
+/// `[::]` takes IPv4 too, but cannot be bound where IPv6 is switched off.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    if listen.ip() == any && UdpSocket::bind((any, 0)).is_err() {
+        tracing::info!("there is no IPv6 here: listening on IPv4");
+        return SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), listen.port());
+    }
+    listen
+}
+
+async fn handle(State(site): State<Arc<Site>>, request: Request) -> Response<Body> {
+    let (request, _body) = request.into_parts();
+    let mut response = answer(&site, &request).await;
+    response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if request.method == Method::HEAD {
+        *response.body_mut() = Body::empty();
+    }
+    site.metrics.count(&request.method, &response);
+    response
+}
+
+async fn answer(site: &Arc<Site>, request: &Parts) -> Response<Body> {
+    if ![Method::GET, Method::HEAD].contains(&request.method) {
+        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET and HEAD\n".into());
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    match request.uri.path() {
+        "/" => page(site, request.headers.clone()).await,
+        "/healthz" => text(StatusCode::OK, TEXT, "ok\n".into()),
+        "/metrics" => match site.metrics.text() {
+            Ok(metrics) => text(StatusCode::OK, metrics::CONTENT_TYPE, metrics),
+            Err(e) => failed("/metrics", &e.to_string()),
+        },
+        path => file(site, path, request).await,
+    }
+}
+
+async fn file(site: &Arc<Site>, path: &str, request: &Parts) -> Response<Body> {
+    let decoded = percent_encoding::percent_decode_str(path).decode_utf8();
+    let Some(entry) = decoded.ok().and_then(|path| path::entry(&path)) else { return not_found() };
+    let site = Arc::clone(site);
+    let served = match tokio::task::spawn_blocking(move || site.tree.get(&entry)).await {
+        Ok(Ok(served)) => served,
+        Ok(Err(e)) if e.kind() == ErrorKind::NotFound => return not_found(),
+        Ok(Err(e)) => return failed(path, &e.to_string()),
+        Err(e) => return failed(path, &e.to_string()),
+    };
+    match files::respond(served, &request.method, &request.headers).await {
+        Ok(response) => response,
+        Err(e) => failed(path, &e.to_string()),
+    }
+}
+
+async fn page(site: &Arc<Site>, headers: HeaderMap) -> Response<Body> {
+    let site = Arc::clone(site);
+    match tokio::task::spawn_blocking(move || site.page.html(&headers)).await {
+        Ok(Ok(html)) => {
+            let mut response = text(StatusCode::OK, "text/html; charset=utf-8", html);
+            let policy = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
+            response.headers_mut().insert(CONTENT_SECURITY_POLICY, policy);
+            response
+        }
+        Ok(Err(e)) => failed("/", &oscontainer_program::exit::chain(&e)),
+        Err(e) => failed("/", &e.to_string()),
+    }
+}
+
+fn not_found() -> Response<Body> {
+    text(StatusCode::NOT_FOUND, TEXT, "not found\n".into())
+}
+
+/// The reason goes to the log; a stranger learns nothing of the machine.
+fn failed(path: &str, reason: &str) -> Response<Body> {
+    tracing::warn!("answering {path}: {reason}");
+    text(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "this server cannot read its repository; its log says why\n".into())
+}
+
+fn text(status: StatusCode, content_type: &'static str, body: String) -> Response<Body> {
+    let length = body.len();
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static(NO_CACHE));
+    response
 }

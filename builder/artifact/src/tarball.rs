@@ -31,13 +31,22 @@ pub enum Kind {
 /// The one header (one block, or three with a pax extended header) of an entry.
 /// `path` is ASCII, relative, without a slash at the end.
 pub fn header(path: &str, kind: Kind) -> Vec<u8> {
-    let (entry_type, mode, size, name) = match kind {
-        Kind::Directory => (EntryType::Directory, 0o755, 0, format!("{path}/")),
-        Kind::File(size) => (EntryType::Regular, 0o644, size, path.to_owned()),
-    };
+    match kind {
+        Kind::Directory => entry(EntryType::Directory, 0o755, 0, &format!("{path}/")),
+        Kind::File(size) => entry(EntryType::Regular, 0o644, size, path),
+    }
+}
+
+/// The one header of an executable of `size` bytes, mode 0755: no artifact's tarball
+/// has one, but an image's layer does.
+pub fn executable(path: &str, size: u64) -> Vec<u8> {
+    entry(EntryType::Regular, 0o755, size, path)
+}
+
+fn entry(entry_type: EntryType, mode: u32, size: u64, name: &str) -> Vec<u8> {
     let mut records = Vec::new();
     if name.len() > MAX_USTAR_NAME {
-        records.extend(pax_record("path", &name));
+        records.extend(pax_record("path", name));
     }
     if size > MAX_USTAR_SIZE {
         records.extend(pax_record("size", &size.to_string()));
