@@ -1,7 +1,10 @@
 //! What the end-to-end tests share: where the binaries are, how they are run and
 //! what they leave. The tests drive the binaries, never their modules.
 
+pub mod artifacts;
+pub mod http;
 pub mod repo;
+pub mod rpms;
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -3,9 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 
 use crate::Rejected;
+use crate::digest::Digest;
 
 /// Where all artifacts lie below an endpoint's URL.
 pub const PREFIX: &str = "/v1/artifacts/";
@@ -13,6 +16,8 @@ pub const PREFIX: &str = "/v1/artifacts/";
 pub const LATEST: &str = "latest";
 /// `Content-Digest`'s sibling that names the whole representation (RFC 9530).
 pub const REPR_DIGEST: &str = "repr-digest";
+/// The digest of a message's content; of a whole file's, it says the same.
+pub const CONTENT_DIGEST: &str = "content-digest";
 
 /// An artifact's NAME or VERSION: `[A-Za-z0-9][A-Za-z0-9._+-]{0,127}`, not `latest`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -80,6 +85,32 @@ pub fn path(name: &Name, version: &Name, file: &str) -> String {
     format!("{PREFIX}{name}/{version}/{file}")
 }
 
+/// The value of `Repr-Digest` for a file: `sha-256=:BASE64:` (RFC 9530).
+pub fn digest_header(digest: &Digest) -> String {
+    format!("sha-256=:{}:", BASE64_STANDARD.encode(digest.bytes()))
+}
+
+/// The SHA-256 in the value of a `Repr-Digest` or `Content-Digest`, a dictionary
+/// of algorithms (RFC 9530, 2); `None` where it names other algorithms only.
+///
+/// # Errors
+/// [`Rejected`] where the SHA-256 is malformed.
+pub fn parse_digest_header(value: &str) -> Result<Option<Digest>, Rejected> {
+    for member in value.split(',').map(str::trim) {
+        let Some(rest) = member.strip_prefix("sha-256=") else { continue };
+        let bytes = rest
+            .strip_prefix(':')
+            .and_then(|rest| rest.strip_suffix(':'))
+            .and_then(|base64| BASE64_STANDARD.decode(base64).ok())
+            .and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+        return match bytes {
+            Some(bytes) => Ok(Some(bytes.into())),
+            None => Err(Rejected::new(format!("{member:?} is not sha-256=:BASE64: of 32 bytes"))),
+        };
+    }
+    Ok(None)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,6 +128,20 @@ mod tests {
         }
         for bad in ["", "/", "a/", "/a", "a//b", "..", "a/../b", ".a", "a b", "a:b"] {
             assert!(!valid_ref(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn digest_headers_are_read_back() {
+        let digest = Digest::of(b"x");
+        let header = digest_header(&digest);
+        assert_eq!(header, "sha-256=:LXEWQrcmsEQBYnyp+6wy9chTD7GQPMTbAiWHF5IaSIE=:");
+        for good in [header.clone(), format!("sha-512=:AAAA:, {header}"), format!("{header}, md5=:AA==:")] {
+            assert_eq!(parse_digest_header(&good).unwrap(), Some(digest), "{good}");
+        }
+        assert_eq!(parse_digest_header("sha-512=:AAAA:").unwrap(), None);
+        for bad in ["sha-256=:AAAA:", "sha-256=AAAA", "sha-256=:", "sha-256=:*:"] {
+            assert!(parse_digest_header(bad).is_err(), "{bad}");
         }
     }
 }

@@ -8,12 +8,12 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use oscontainer_artifact::Rejected;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
-use reqwest::{Certificate, Client, Response, StatusCode, Url, redirect};
+use reqwest::{Certificate, Client, ClientBuilder, Response, StatusCode, Url, redirect};
 
 /// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a transfer may stand still.
-const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many redirects are followed.
 const MAX_REDIRECTS: usize = 10;
 /// How much of an error response's body is shown, in bytes.
@@ -37,12 +37,25 @@ impl ClientOptions {
     /// # Errors
     /// When a file cannot be read or is not what it should be.
     pub fn client(&self, url: &Url) -> Result<Client> {
+        self.builder(url)?.read_timeout(STALL_TIMEOUT).build().context("setting up the HTTP client")
+    }
+
+    /// A client for uploads to `url`: without the stall timeout, for reqwest counts
+    /// the time that a request's body takes as waiting for the response. Its user
+    /// looks after uploads that stand still.
+    ///
+    /// # Errors
+    /// As for [`ClientOptions::client`].
+    pub fn upload_client(&self, url: &Url) -> Result<Client> {
+        self.builder(url)?.build().context("setting up the HTTP client")
+    }
+
+    fn builder(&self, url: &Url) -> Result<ClientBuilder> {
         // Only the first call installs; a second one finds the same provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut builder = Client::builder()
             .user_agent(concat!("oscontainer/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(STALL_TIMEOUT)
             .redirect(redirect::Policy::custom(|attempt| {
                 let downgraded = attempt.previous().last().is_some_and(|from| from.scheme() == "https")
                     && attempt.url().scheme() != "https";
@@ -71,7 +84,7 @@ impl ClientOptions {
             value.set_sensitive(true);
             builder = builder.default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]));
         }
-        builder.build().context("setting up the HTTP client")
+        Ok(builder)
     }
 }
 

@@ -8,3 +8,4 @@ pub mod files;
 pub mod options;
 pub mod progress;
 pub mod server;
+pub mod staging;

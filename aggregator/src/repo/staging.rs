@@ -1,0 +1,200 @@
+//! Where a verified artifact grows, unseen: beside a new repository, or in the
+//! `tmp` of one that exists. The directory is locked while its process lives; what
+//! a killed process left is removed by the next one.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use oscontainer_artifact::object::{ObjectName, Type};
+use oscontainer_artifact::tarball::{CONFIG, DIRECTORIES};
+use oscontainer_program::exit::Usage;
+use rustix::fs::{FlockOperation, flock, syncfs};
+use rustix::io::Errno;
+use tempfile::TempDir;
+
+use super::{Repository, mode};
+use crate::verify::{Objects, Verified, check_object};
+
+/// A repository in the making. Dropped, it leaves nothing.
+pub struct Staging {
+    directory: TempDir,
+    lock: File,
+    output: PathBuf,
+    existing: Option<Existing>,
+}
+
+/// The repository that is added to.
+struct Existing {
+    repository: Repository,
+    /// Holds the lock against another `fetch` into it.
+    _lock: File,
+}
+
+impl Staging {
+    /// Prepares for a repository at `output`: a new one (an empty directory
+    /// counts as none), or one that exists, which then is locked.
+    ///
+    /// # Errors
+    /// [`Usage`] when `output` is something else; other errors when it cannot be written.
+    pub fn for_output(output: &Path) -> Result<Self> {
+        let shown = output.display();
+        let output = std::path::absolute(output).with_context(|| format!("finding {shown}"))?;
+        let (Some(parent), Some(name)) = (output.parent(), output.file_name()) else {
+            return Err(Usage(format!("{shown} is no name for a new directory")).into());
+        };
+        let occupied = match fs::read_dir(&output) {
+            Ok(mut entries) => entries.next().is_some(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            Err(error) => return Err(error).with_context(|| format!("reading the directory {shown}")),
+        };
+        let existing = if occupied {
+            let repository = Repository::open(&output)?;
+            let lock = File::open(&output).with_context(|| format!("opening {shown}"))?;
+            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+                tracing::info!("waiting for another fetch into {shown}");
+                flock(&lock, FlockOperation::LockExclusive).with_context(|| format!("locking {shown}"))?;
+            }
+            Some(Existing { repository, _lock: lock })
+        } else {
+            None
+        };
+        let (parent, prefix) = match &existing {
+            Some(_) => (output.join("tmp"), ".fetch-".to_owned()),
+            None => (parent.to_owned(), format!(".{}.fetch-", name.to_string_lossy())),
+        };
+        fs::create_dir_all(&parent).with_context(|| format!("creating {}", parent.display()))?;
+        remove_stale(&parent, &prefix)?;
+        let (directory, lock) = create_locked(&parent, &prefix)?;
+        for path in DIRECTORIES {
+            fs::create_dir(directory.path().join(path)).context("creating the repository's directories")?;
+        }
+        for start in 0..=255_u8 {
+            fs::create_dir(directory.path().join(format!("objects/{start:02x}")))
+                .context("creating the repository's directories")?;
+        }
+        Ok(Self { directory, lock, output, existing })
+    }
+
+    /// Makes what was verified visible, and safe from a power cut: a new
+    /// repository by one rename; in one that exists the objects one by one, then
+    /// the commit, the ref and the summary.
+    ///
+    /// # Errors
+    /// When the disk is full or cannot be written.
+    pub fn publish(self, verified: &Verified) -> Result<()> {
+        let shown = self.output.display();
+        let manifest = verified.manifest();
+        let commit = ObjectName::new(manifest.commit, Type::Commit);
+        for start in 0..=255_u8 {
+            // One that holds objects stays.
+            let _ = fs::remove_dir(self.directory.path().join(format!("objects/{start:02x}")));
+        }
+        if let Some(existing) = &self.existing {
+            syncfs(&self.lock).context("writing the objects to disk")?;
+            self.move_objects(|name| name != commit)?;
+            syncfs(&self.lock).context("writing the objects to disk")?;
+            self.move_objects(|name| name == commit)?;
+            existing.repository.write_ref(&manifest.ref_name, &manifest.commit)?;
+            return existing.repository.write_summary();
+        }
+        let path = self.directory.path();
+        fs::write(path.join("config"), CONFIG).with_context(|| format!("writing {}", path.join("config").display()))?;
+        let repository = Repository::open(path)?;
+        repository.write_ref(&manifest.ref_name, &manifest.commit)?;
+        repository.write_summary()?;
+        syncfs(&self.lock).context("writing the repository to disk")?;
+        fs::rename(path, &self.output).with_context(|| format!("renaming {} to {shown}", path.display()))?;
+        // It is not temporary any more.
+        let _ = self.directory.keep();
+        if let Some(parent) = self.output.parent() {
+            File::open(parent).and_then(|parent| parent.sync_all()).with_context(|| format!("syncing {shown}"))?;
+        }
+        Ok(())
+    }
+
+    fn move_objects(&self, wanted: impl Fn(ObjectName) -> bool) -> Result<()> {
+        let staged = self.directory.path().join("objects");
+        for directory in sorted(&staged)? {
+            let target = self.output.join("objects").join(directory.file_name().unwrap_or_default());
+            for file in sorted(&directory)? {
+                let relative = file.strip_prefix(self.directory.path()).unwrap_or(&file);
+                if !relative.to_str().and_then(ObjectName::from_path).is_some_and(&wanted) {
+                    continue;
+                }
+                if !target.is_dir() {
+                    fs::create_dir(&target).with_context(|| format!("creating {}", target.display()))?;
+                }
+                let object = self.output.join(relative);
+                fs::rename(&file, &object).with_context(|| format!("writing {}", object.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Objects for Staging {
+    fn create(&self, name: &ObjectName) -> Result<Option<File>> {
+        let path = name.path();
+        if self.existing.is_some()
+            && let Ok(file) = File::open(self.output.join(&path))
+        {
+            // Detached metadata has no checksum: the new one replaces the old.
+            match check_object(*name, file) {
+                Ok(_) if name.kind != Type::CommitMeta => return Ok(None),
+                Ok(_) => {}
+                Err(error) => {
+                    let found = self.output.join(&path);
+                    tracing::warn!("replacing {}, which is damaged: {error:#}", found.display());
+                }
+            }
+        }
+        let file = self.directory.path().join(&path);
+        File::create_new(&file).map(Some).with_context(|| format!("creating {}", file.display()))
+    }
+}
+
+fn sorted(directory: &Path) -> Result<Vec<PathBuf>> {
+    let read = || fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
+    let mut paths = read().with_context(|| format!("reading the directory {}", directory.display()))?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// Removes directories of processes that are gone: their lock is free.
+fn remove_stale(parent: &Path, prefix: &str) -> Result<()> {
+    for path in sorted(parent)? {
+        let ours = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(prefix));
+        if !ours {
+            continue;
+        }
+        let Ok(directory) = File::open(&path) else { continue };
+        if flock(&directory, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
+            continue;
+        }
+        tracing::info!("removing {}, which an interrupted run left", path.display());
+        fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// A new directory and the lock on it. Another process may take it for stale
+/// before it is locked; then it is gone, and made again.
+fn create_locked(parent: &Path, prefix: &str) -> Result<(TempDir, File)> {
+    const ATTEMPTS: usize = 100;
+    for _ in 0..ATTEMPTS {
+        let directory = tempfile::Builder::new()
+            .prefix(prefix)
+            .permissions(mode(0o755))
+            .tempdir_in(parent)
+            .with_context(|| format!("creating a directory in {}", parent.display()))?;
+        let Ok(lock) = File::open(directory.path()) else { continue };
+        flock(&lock, FlockOperation::LockExclusive).context("locking the temporary directory")?;
+        let same = fs::metadata(directory.path()).is_ok_and(|now| lock.metadata().is_ok_and(|m| m.ino() == now.ino()));
+        if same {
+            return Ok((directory, lock));
+        }
+    }
+    bail!("other runs remove the temporary directories in {}", parent.display())
+}

@@ -1,0 +1,89 @@
+//! Runs a foreign program: its output goes to the user's log line by line, and its
+//! last lines into the error when it fails.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitStatus, Stdio};
+
+use anyhow::{Context, Result};
+
+/// How many of the last lines are part of an error.
+const TAIL: usize = 20;
+
+/// What a program left behind when it ended, however it ended.
+pub struct Ended {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// All lines that it wrote to stdout and stderr, in the order they came.
+    pub lines: Vec<String>,
+}
+
+impl Ended {
+    /// The last lines, each on a line of its own.
+    pub fn tail(&self) -> String {
+        let from = self.lines.len().saturating_sub(TAIL);
+        self.lines[from..].iter().map(|line| format!("\n    {line}")).collect()
+    }
+
+    /// The first line that contains one of `texts`.
+    pub fn find(&self, texts: &[&str]) -> Option<&str> {
+        self.lines.iter().map(String::as_str).find(|line| texts.iter().any(|text| line.contains(text)))
+    }
+
+    /// Requires success; `what` ran says the error, with the last lines.
+    ///
+    /// # Errors
+    /// When the program failed.
+    pub fn success(self, what: &str) -> Result<Self> {
+        if self.status.success() {
+            return Ok(self);
+        }
+        anyhow::bail!("{what} ended with {}; its last lines:{}", self.status, self.tail())
+    }
+}
+
+/// Runs `command` to its end with stdout and stderr in one pipe; every line is
+/// logged with `name` in front.
+///
+/// # Errors
+/// When it cannot be started, naming the package to install is up to the caller.
+pub fn run(name: &str, command: &mut Command) -> Result<Ended> {
+    let (reader, writer) = std::io::pipe().context("making a pipe")?;
+    tracing::debug!("running {command:?}");
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone().context("duplicating a pipe")?)
+        .stderr(writer)
+        .spawn()
+        .with_context(|| format!("starting {name} ({:?}): is it installed?", command.get_program()))?;
+    // The command holds the pipe's writing end, and the pipe ends only without it.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut lines = VecDeque::new();
+    for line in BufReader::new(reader).split(b'\n') {
+        let line = String::from_utf8_lossy(&line.context("reading a program's output")?).trim_end().to_owned();
+        if !line.is_empty() {
+            tracing::info!("{name}: {line}");
+            lines.push_back(line);
+        }
+    }
+    let status = child.wait().with_context(|| format!("waiting for {name}"))?;
+    Ok(Ended { status, lines: lines.into() })
+}
+
+/// Runs `command` and gives its standard output; what it says on stderr becomes
+/// part of the error when it fails.
+///
+/// # Errors
+/// When it cannot be started or fails.
+pub fn output(name: &str, command: &mut Command) -> Result<String> {
+    tracing::debug!("running {command:?}");
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("starting {name} ({:?}): is it installed?", command.get_program()))?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        anyhow::bail!("{name} ended with {}: {}", output.status, stderr.trim());
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("reading the output of {name}"))
+}

@@ -1,0 +1,138 @@
+//! What an operator sees: counters for Prometheus, and one line in the log for
+//! each request, when its response has been sent.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use axum::body::{Body, HttpBody};
+use axum::extract::{Request, State};
+use axum::http::header::CONTENT_LENGTH;
+use axum::http::{HeaderValue, Method, Uri};
+use axum::middleware::Next;
+use axum::response::Response;
+use futures_util::StreamExt;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+/// The media type of [`Metrics::encode`] (OpenMetrics 1.0).
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The endpoint's counters.
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<Labels, Counter>,
+    /// Bytes of uploads that were read.
+    pub received: Counter,
+    sent: Counter,
+    versions: Gauge,
+    stored: Gauge,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Labels {
+    method: &'static str,
+    status: u16,
+}
+
+impl Metrics {
+    /// All at zero.
+    pub fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("oscontainer_endpoint"),
+            requests: Family::default(),
+            received: Counter::default(),
+            sent: Counter::default(),
+            versions: Gauge::default(),
+            stored: Gauge::default(),
+        };
+        let registry = &mut metrics.registry;
+        registry.register("requests", "Requests answered", metrics.requests.clone());
+        let bytes = Unit::Bytes;
+        registry.register_with_unit("received", "Bytes of uploads read", bytes.clone(), metrics.received.clone());
+        registry.register_with_unit("sent", "Bytes of responses' content sent", bytes.clone(), metrics.sent.clone());
+        registry.register("versions", "Complete versions in the store", metrics.versions.clone());
+        registry.register_with_unit("stored", "Bytes of complete versions in the store", bytes, metrics.stored.clone());
+        metrics
+    }
+
+    /// The text for Prometheus; `versions` and `bytes` are what the store holds.
+    ///
+    /// # Errors
+    /// When the library cannot write to a string.
+    pub fn encode(&self, versions: u64, bytes: u64) -> Result<String> {
+        self.versions.set(i64::try_from(versions).unwrap_or(i64::MAX));
+        self.stored.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        let mut text = String::new();
+        encode(&mut text, &self.registry).context("writing the metrics")?;
+        Ok(text)
+    }
+}
+
+/// Counts and logs a request. Headers are never logged: one of them is the token.
+pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let (method, uri) = (request.method().clone(), request.uri().clone());
+    let response = next.run(request).await;
+    let status = response.status().as_u16();
+    metrics.requests.get_or_create(&Labels { method: label(&method), status }).inc();
+    let mut line = Line { metrics, method, uri, status, started, sent: 0, whole: false };
+    let (mut parts, body) = response.into_parts();
+    // Wrapped into a stream, the body's length is not known any more.
+    if let Some(length) = body.size_hint().exact().filter(|_| !parts.headers.contains_key(CONTENT_LENGTH)) {
+        parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    if body.is_end_stream() {
+        line.whole = true;
+        return Response::from_parts(parts, body);
+    }
+    let chunks = body.into_data_stream().map(Some).chain(futures_util::stream::iter([None]));
+    let counted = chunks.filter_map(move |chunk| {
+        match &chunk {
+            Some(Ok(bytes)) => line.sent += bytes.len() as u64,
+            Some(Err(error)) => tracing::error!("{}: {error}", line.uri.path()),
+            None => line.whole = true,
+        }
+        std::future::ready(chunk)
+    });
+    Response::from_parts(parts, Body::from_stream(counted))
+}
+
+/// The access log's line, written when the response's body is done or dropped.
+struct Line {
+    metrics: Arc<Metrics>,
+    method: Method,
+    uri: Uri,
+    status: u16,
+    started: Instant,
+    sent: u64,
+    whole: bool,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.metrics.sent.inc_by(self.sent);
+        let milliseconds = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let (method, path, status, sent) = (label(&self.method), self.uri.path(), self.status, self.sent);
+        if self.whole {
+            tracing::info!(method, path, status, sent, milliseconds, "request");
+        } else {
+            tracing::info!(method, path, status, sent, milliseconds, "request: the client left early");
+        }
+    }
+}
+
+/// A method as a label: clients may send any word, and each would be a time series.
+fn label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        _ => "other",
+    }
+}

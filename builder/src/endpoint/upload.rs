@@ -1,0 +1,327 @@
+//! PUT: what can be refused from the headers is refused before the body is read;
+//! a body is hashed and written while it comes in, a mebibyte at a time, on a
+//! blocking thread that is held only while there is something to write.
+
+use std::time::Duration;
+
+use axum::body::{Body, BodyDataStream};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, EXPECT};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use oscontainer_artifact::digest::Digest;
+use oscontainer_artifact::manifest::{MAX_SIZE, Manifest};
+use oscontainer_artifact::protocol::{CONTENT_DIGEST, REPR_DIGEST, digest_header, parse_digest_header};
+
+use super::reply::{Refusal, text};
+use super::routes::{FileName, Shared, blocking};
+use super::store::{Id, Outcome, Received, Record, Upload};
+
+/// How much is hashed and written at a time, in bytes.
+const BATCH: usize = 1 << 20;
+/// How long a client may send nothing.
+const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+/// How much of a refused body is read and thrown away, in bytes, and how long: a
+/// connection that is closed under a sending client may lose the reply.
+const LINGER: u64 = 1 << 30;
+/// See [`LINGER`].
+const LINGER_TIME: Duration = Duration::from_secs(10);
+
+/// A file of a version to be stored.
+pub struct Target {
+    /// The version.
+    pub id: Id,
+    /// Which of its files.
+    pub file: FileName,
+}
+
+/// The response to a PUT whose writer was let in.
+pub async fn put(shared: Shared, target: Target, headers: HeaderMap, body: Body) -> Response {
+    match admit(&shared, &target, &headers).await {
+        Ok(admitted) => {
+            let (stream, limit) = (body.into_data_stream(), admitted.limit);
+            let mut incoming = Incoming { stream, limit, left: limit, shared: shared.clone() };
+            match store(&shared, target, admitted, &mut incoming).await {
+                Ok(response) => response,
+                Err(refusal) => {
+                    linger(incoming.stream);
+                    refusal.into_response()
+                }
+            }
+        }
+        Err(refusal) => refuse(refusal, body, &headers),
+    }
+}
+
+/// Refuses a request whose body was not read.
+pub fn refuse(refusal: Refusal, body: Body, headers: &HeaderMap) -> Response {
+    // A client that waits for `100 Continue` sends nothing, and reading would invite it to.
+    if !headers.contains_key(EXPECT) {
+        linger(body.into_data_stream());
+    }
+    refusal.into_response()
+}
+
+/// What the headers and the store say before the body is read.
+struct Admitted {
+    limit: u64,
+    length: Option<u64>,
+    claimed: Option<Digest>,
+    complete: Option<Record>,
+}
+
+async fn admit(shared: &Shared, target: &Target, headers: &HeaderMap) -> Result<Admitted, Refusal> {
+    if headers.contains_key(CONTENT_RANGE) {
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "a PUT with Content-Range is not understood"));
+    }
+    if headers.get(CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
+        return Err(Refusal::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "send the file as it is, without Content-Encoding",
+        ));
+    }
+    let claimed = claimed(headers)?;
+    let limit = match target.file {
+        FileName::Manifest => MAX_SIZE,
+        FileName::Tarball => shared.max_size,
+    };
+    // hyper has seen to it that the header is a number that agrees with the body.
+    let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > limit) {
+        return Err(too_large(limit));
+    }
+    let id = target.id.clone();
+    let (complete, free) = blocking(shared, move |store| Ok((store.record(&id)?, store.free()?))).await?;
+    let admitted = Admitted { limit, length, claimed, complete };
+    match &admitted.complete {
+        Some(record) => {
+            let (digest, size) = target.file.of(record);
+            if admitted.claimed.is_some_and(|claimed| claimed != digest) || length.is_some_and(|length| length != size)
+            {
+                return Err(conflict(target, digest));
+            }
+        }
+        None if length.is_some_and(|length| length > free) => return Err(Refusal::full()),
+        None => {}
+    }
+    Ok(admitted)
+}
+
+async fn store(
+    shared: &Shared,
+    target: Target,
+    admitted: Admitted,
+    incoming: &mut Incoming,
+) -> Result<Response, Refusal> {
+    let Target { id, file } = &target;
+    let (outcome, digest) = match file {
+        FileName::Tarball => {
+            let received = receive(shared, &admitted, incoming).await?;
+            let (digest, id) = (received.digest, id.clone());
+            let complete = admitted.complete.as_ref().map(|record| record.digest);
+            match complete {
+                Some(stored) if stored != digest => (Outcome::Conflict(stored), digest),
+                Some(_) => (Outcome::Same, digest),
+                None => (blocking(shared, move |store| store.stage(&id, received)).await?, digest),
+            }
+        }
+        FileName::Manifest => {
+            let bytes = collect(incoming).await?;
+            let digest = Digest::of(&bytes);
+            matches_claim(admitted.claimed, digest)?;
+            if let Some(stored) = admitted.complete.as_ref().map(|record| record.manifest_digest) {
+                let outcome = if stored == digest { Outcome::Same } else { Outcome::Conflict(stored) };
+                return reply(&target, outcome, digest);
+            }
+            let manifest = Manifest::parse(&bytes).map_err(|rejected| unprocessable(rejected.to_string()))?;
+            if (&manifest.name, &manifest.version) != (&id.name, &id.version) {
+                return Err(unprocessable(format!(
+                    "the manifest is of {} {}, the path says {} {}",
+                    manifest.name, manifest.version, id.name, id.version
+                )));
+            }
+            let tarball = manifest.tarball.clone();
+            let outcome = blocking(shared, move |store| store.commit(&manifest, &bytes)).await?;
+            if outcome == Outcome::NoTarball {
+                return Err(unprocessable(format!(
+                    "the manifest's tarball is missing: upload the {} with {} bytes and {} first",
+                    tarball.path, tarball.size, tarball.digest
+                )));
+            }
+            (outcome, digest)
+        }
+    };
+    reply(&target, outcome, digest)
+}
+
+fn reply(target: &Target, outcome: Outcome, digest: Digest) -> Result<Response, Refusal> {
+    let status = match outcome {
+        Outcome::Created => StatusCode::CREATED,
+        Outcome::Same => StatusCode::OK,
+        Outcome::Conflict(stored) => return Err(conflict(target, stored)),
+        Outcome::NoTarball => return Err(unprocessable("the manifest's tarball is missing".to_owned())),
+    };
+    let Target { id, file } = target;
+    tracing::info!(
+        "{} {}: {} {digest} {}",
+        id.name,
+        id.version,
+        file.as_str(),
+        match outcome {
+            Outcome::Created => "stored",
+            _ => "was stored before",
+        }
+    );
+    let mut response = text(status, digest.to_string());
+    let headers = response.headers_mut();
+    headers.remove(CONTENT_TYPE);
+    for (name, value) in [(ETAG.as_str(), format!("\"{digest}\"")), (REPR_DIGEST, digest_header(&digest))] {
+        if let (Ok(name), Ok(value)) = (name.parse::<axum::http::HeaderName>(), HeaderValue::try_from(value)) {
+            headers.insert(name, value);
+        }
+    }
+    Ok(response)
+}
+
+/// Takes a tarball in. Batches are written while the next one comes in.
+async fn receive(shared: &Shared, admitted: &Admitted, incoming: &mut Incoming) -> Result<Received, Refusal> {
+    let mut upload = match admitted.complete {
+        Some(_) => Upload::discard(),
+        None => blocking(shared, |store| store.receive()).await?,
+    };
+    let (mut batch, mut ended) = incoming.batch().await?;
+    loop {
+        let writing = blocking(shared, move |_| upload.write(&batch).map(|()| upload));
+        if ended {
+            upload = writing.await?;
+            break;
+        }
+        let (written, next) = tokio::join!(writing, incoming.batch());
+        upload = written?;
+        (batch, ended) = next?;
+    }
+    let received = blocking(shared, move |_| upload.finish()).await?;
+    matches_claim(admitted.claimed, received.digest)?;
+    if admitted.length.is_some_and(|length| length != received.size) {
+        return Err(broke_off());
+    }
+    Ok(received)
+}
+
+async fn collect(incoming: &mut Incoming) -> Result<Vec<u8>, Refusal> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = incoming.next().await? {
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes)
+}
+
+/// A request's body with its limits.
+struct Incoming {
+    stream: BodyDataStream,
+    /// The largest body, in bytes.
+    limit: u64,
+    /// How much of it may still come.
+    left: u64,
+    shared: Shared,
+}
+
+impl Incoming {
+    async fn next(&mut self) -> Result<Option<Bytes>, Refusal> {
+        let next = tokio::time::timeout(STALL_TIMEOUT, self.stream.next()).await;
+        let chunk = match next {
+            Ok(None) => return Ok(None),
+            Ok(Some(Ok(chunk))) => chunk,
+            Ok(Some(Err(error))) => {
+                tracing::info!("an upload broke off: {error}");
+                return Err(broke_off());
+            }
+            Err(_) => {
+                let text = format!("nothing came for {} seconds", STALL_TIMEOUT.as_secs());
+                return Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, text));
+            }
+        };
+        self.shared.metrics.received.inc_by(chunk.len() as u64);
+        match self.left.checked_sub(chunk.len() as u64) {
+            Some(left) => self.left = left,
+            None => return Err(too_large(self.limit)),
+        }
+        Ok(Some(chunk))
+    }
+
+    /// The next chunks, [`BATCH`] bytes or a little more, and whether they are the last.
+    async fn batch(&mut self) -> Result<(Vec<Bytes>, bool), Refusal> {
+        let (mut batch, mut size) = (Vec::new(), 0);
+        while size < BATCH {
+            let Some(chunk) = self.next().await? else { return Ok((batch, true)) };
+            size += chunk.len();
+            batch.push(chunk);
+        }
+        Ok((batch, false))
+    }
+}
+
+/// Reads on for a while so that the client gets to read the reply.
+fn linger(mut body: BodyDataStream) {
+    tokio::spawn(async move {
+        let drain = async {
+            let mut read = 0;
+            while let Some(Ok(chunk)) = body.next().await {
+                read += chunk.len() as u64;
+                if read > LINGER {
+                    break;
+                }
+            }
+        };
+        // Either way the body is dropped, and with it the connection.
+        let _ = tokio::time::timeout(LINGER_TIME, drain).await;
+    });
+}
+
+/// The digest that the client says its file has.
+fn claimed(headers: &HeaderMap) -> Result<Option<Digest>, Refusal> {
+    let mut claimed = None;
+    for value in [REPR_DIGEST, CONTENT_DIGEST].iter().flat_map(|name| headers.get_all(*name)) {
+        let bad = |reason: String| Refusal::new(StatusCode::BAD_REQUEST, reason);
+        let text = value.to_str().map_err(|_| bad("a digest header is not ASCII".to_owned()))?;
+        let Some(digest) = parse_digest_header(text).map_err(|rejected| bad(rejected.to_string()))? else { continue };
+        if claimed.is_some_and(|claimed| claimed != digest) {
+            return Err(unprocessable("the digest headers contradict each other".to_owned()));
+        }
+        claimed = Some(digest);
+    }
+    Ok(claimed)
+}
+
+fn matches_claim(claimed: Option<Digest>, digest: Digest) -> Result<(), Refusal> {
+    match claimed {
+        Some(claimed) if claimed != digest => {
+            Err(unprocessable(format!("what came in has {digest}, its digest header says {claimed}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn conflict(target: &Target, stored: Digest) -> Refusal {
+    let Target { id, file } = target;
+    let text = format!(
+        "{} {} is complete with another {}, {stored}: artifacts are immutable, choose another version",
+        id.name,
+        id.version,
+        file.as_str()
+    );
+    Refusal::new(StatusCode::CONFLICT, text)
+}
+
+fn too_large(limit: u64) -> Refusal {
+    Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the file is larger than the limit of {limit} bytes"))
+}
+
+fn unprocessable(reason: String) -> Refusal {
+    Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, reason)
+}
+
+fn broke_off() -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, "the upload broke off; nothing was stored")
+}

@@ -1,0 +1,315 @@
+//! From the first treefile to one whole: reads the files, follows the includes,
+//! merges, substitutes, and finds what lies beside each file.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::fs;
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result};
+use oscontainer_artifact::Rejected;
+use oscontainer_program::reject;
+use serde_json::Value;
+
+use super::condition::{Variable, Variables, substitute};
+use super::fields::{Treefile, join};
+use super::kickstart::Kickstart;
+use super::parse::{self, Included, Parsed};
+use super::source::{self, Format, Problem};
+use super::types::{CheckGroups, CheckPasswd, ReleaseVer};
+use super::{External, Flattened, Machine};
+
+/// Includes in includes; rpm-ostree's limit too.
+const DEPTH_LIMIT: usize = 50;
+
+/// Bytes of one treefile; the largest public one has some 60 KiB.
+const SIZE_LIMIT: u64 = 1 << 20;
+
+/// Mistakes that are listed of one file.
+const LISTED: usize = 20;
+
+/// Reads the treefile at `path` and all that it includes, as they hold on `machine`.
+///
+/// # Errors
+/// [`Rejected`], naming file, line, column and field, for whatever is wrong with a
+/// treefile and for files that are missing; other errors where reading fails.
+pub fn load(path: &Path, machine: &Machine) -> Result<Flattened> {
+    let mut loader = Loader { machine, seen: HashMap::new(), sources: Vec::new(), variables: Variables::new() };
+    let (mut treefile, external) = loader.read(path, 0)?;
+    substitute_all(&mut treefile, &loader.variables);
+    treefile.variables = None;
+    Ok(Flattened { treefile, external, sources: loader.sources })
+}
+
+/// What is known on the way through the includes.
+struct Loader<'a> {
+    machine: &'a Machine,
+    /// Device and inode of each file read, and its name.
+    seen: HashMap<(u64, u64), PathBuf>,
+    sources: Vec<PathBuf>,
+    variables: Variables,
+}
+
+impl Loader<'_> {
+    fn read(&mut self, path: &Path, depth: usize) -> Result<(Treefile, External)> {
+        let directory = directory(path);
+        let text = self.open(path, "treefile")?;
+        if path.extension().is_some_and(|extension| extension == "ks") {
+            let treefile = self.read_kickstart(path, &directory, &text)?.into_treefile();
+            return Ok((treefile, External { directory, ..External::default() }));
+        }
+        let format = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("yaml" | "yml") => Format::Yaml,
+            _ => Format::Json,
+        };
+        let Parsed { mut treefile, mut includes, conditional } = parse_text(path, &text, format, self.machine)?;
+        if depth == 0
+            && let Some(version) = &self.machine.releasever
+        {
+            treefile.releasever = Some(ReleaseVer::Text(version.clone()));
+            self.variables.insert("releasever".to_owned(), Variable::Text(version.clone()));
+        }
+        // What an includer set stays; conditions see this file's variables and those
+        // of files read before, not those of files it includes.
+        let mut variables = Some(std::mem::take(&mut self.variables));
+        join(&mut variables, treefile.variables.take());
+        self.variables = variables.unwrap_or_default();
+
+        let mut problems = Vec::new();
+        for item in conditional {
+            let mut holds = true;
+            for (place, condition) in &item.conditions {
+                match condition.holds(&self.variables) {
+                    Ok(this) => holds &= this,
+                    Err(message) => problems.push(Problem { path: place.clone(), at_key: false, message }),
+                }
+            }
+            match item.included {
+                _ if !holds => {}
+                Included::Files(files) => includes.extend(files),
+                Included::Inline(inline) => treefile.include(*inline),
+            }
+        }
+        if !problems.is_empty() {
+            return Err(rejected(path, &text, problems).into());
+        }
+        let mut external = find_external(path, directory, &treefile)?;
+        if !includes.is_empty() && depth == DEPTH_LIMIT {
+            reject!("{}: includes go deeper than {DEPTH_LIMIT} files", path.display());
+        }
+        for include in includes {
+            let included = external.directory.join(&include);
+            let (inner, inner_external) = self
+                .read(&included, depth + 1)
+                .with_context(|| format!("including {include} from {}", path.display()))?;
+            merge_external(&treefile, &mut external, inner_external);
+            treefile.include(inner);
+        }
+        Ok((treefile, external))
+    }
+
+    /// Reads a file that may be read only once.
+    fn open(&mut self, path: &Path, what: &str) -> Result<String> {
+        let metadata = existing_file(path, what)?;
+        if metadata.len() > SIZE_LIMIT {
+            reject!("{}: a {what} may have {SIZE_LIMIT} bytes, this has {}", path.display(), metadata.len());
+        }
+        if let Some(before) = self.seen.insert((metadata.dev(), metadata.ino()), path.to_owned()) {
+            let same = if before == path { String::new() } else { format!(" (as {})", before.display()) };
+            reject!("{}: included twice{same}; move what both need into the file that includes both", path.display());
+        }
+        self.sources.push(path.to_owned());
+        let mut bytes = Vec::new();
+        let file = fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
+        file.take(SIZE_LIMIT).read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
+        match String::from_utf8(bytes) {
+            Ok(text) => Ok(text),
+            Err(error) => reject!("{}: not UTF-8 at byte {}", path.display(), error.utf8_error().valid_up_to()),
+        }
+    }
+
+    /// Reads the kickstart file `path` and those it includes, all below `directory`.
+    fn read_kickstart(&mut self, path: &Path, directory: &Path, text: &str) -> Result<Kickstart> {
+        let mut kickstart = match Kickstart::parse(text) {
+            Ok(kickstart) => kickstart,
+            Err((line, message)) => reject!("{}:{line}: {message}", path.display()),
+        };
+        if self.seen.len() > 256 {
+            reject!("{}: more than 256 files are included", path.display());
+        }
+        for include in std::mem::take(&mut kickstart.includes) {
+            if !Path::new(&include).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
+                reject!("{}: %include {include}: must be a path below {}", path.display(), directory.display());
+            }
+            let included = directory.join(&include);
+            let text = self.open(&included, "kickstart file")?;
+            kickstart.include(self.read_kickstart(&included, directory, &text)?);
+        }
+        Ok(kickstart)
+    }
+}
+
+/// The directory that a treefile's paths are relative to.
+fn directory(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// The metadata of a file that must be there, and must be an ordinary file: a pipe
+/// would be waited for, and a device never ends.
+fn existing_file(path: &Path, what: &str) -> Result<fs::Metadata> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(metadata),
+        Ok(_) => reject!("{}: the {what} is not a file", path.display()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            reject!("{}: the {what} does not exist", path.display())
+        }
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            reject!("{}: the {what} cannot be read: permission denied", path.display())
+        }
+        Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+fn parse_text(path: &Path, text: &str, format: Format, machine: &Machine) -> Result<Parsed> {
+    let value: Value = match source::parse(text, format, |key| !parse::is_known(key)) {
+        Ok(value) => value,
+        Err(error) => {
+            let place = error.place.map(|(line, column)| format!(":{line}:{column}")).unwrap_or_default();
+            reject!("{}{place}: {}", path.display(), error.message.replace('\n', " "));
+        }
+    };
+    Ok(parse::parse(&value, format, &machine.basearch).map_err(|problems| rejected(path, text, problems))?)
+}
+
+/// All that is wrong with one file, in one line.
+fn rejected(path: &Path, text: &str, problems: Vec<Problem>) -> Rejected {
+    let count = problems.len();
+    let mut placed: Vec<_> =
+        problems.into_iter().map(|problem| (source::locate(text, &problem.path, problem.at_key), problem)).collect();
+    placed.sort_by_key(|(place, _)| *place);
+    let mut lines = Vec::new();
+    for (place, problem) in placed.into_iter().take(LISTED) {
+        let mut line = path.display().to_string();
+        if let Some((row, column)) = place {
+            // Writing to a string cannot fail.
+            let _ = write!(line, ":{row}:{column}");
+        }
+        let field = match problem.at_key {
+            true => field_name(&problem.path[..problem.path.len() - 1]),
+            false => field_name(&problem.path),
+        };
+        let message = problem.message.replace('\n', "\\n");
+        lines.push(if field.is_empty() { format!("{line}: {message}") } else { format!("{line}: {field}: {message}") });
+    }
+    if count > LISTED {
+        lines.push(format!("and {} more", count - LISTED));
+    }
+    Rejected::new(lines.join("; "))
+}
+
+/// `conditional-include[1].if`
+fn field_name(path: &[source::Step]) -> String {
+    let mut name = String::new();
+    for step in path {
+        match step {
+            source::Step::Key(key) if name.is_empty() => name.push_str(key),
+            source::Step::Key(key) => name.extend([".", key]),
+            source::Step::Index(index) => name.push_str(&format!("[{index}]")),
+        }
+    }
+    name
+}
+
+/// What one treefile's fields refer to in its directory; all of it must exist.
+fn find_external(path: &Path, directory: PathBuf, treefile: &Treefile) -> Result<External> {
+    let beside = |name: &str, field: &str| -> Result<PathBuf> {
+        let file = directory.join(name);
+        existing_file(&file, &format!("{field} of {}", path.display()))?;
+        Ok(file)
+    };
+    let add_files = treefile
+        .add_files
+        .iter()
+        .flatten()
+        .map(|(name, target)| Ok((beside(name, "add-files")?, target.clone())))
+        .collect::<Result<_>>()?;
+    let postprocess_scripts =
+        treefile.postprocess_script.iter().map(|name| beside(name, "postprocess-script")).collect::<Result<_>>()?;
+    let passwd = match &treefile.check_passwd {
+        Some(CheckPasswd::File { filename }) => Some(beside(filename, "check-passwd")?),
+        _ => None,
+    };
+    let group = match &treefile.check_groups {
+        Some(CheckGroups::File { filename }) => Some(beside(filename, "check-groups")?),
+        _ => None,
+    };
+    let finalize = find_finalizers(&directory)?;
+    Ok(External { directory, add_files, postprocess_scripts, passwd, group, finalize })
+}
+
+/// The executables in `finalize.d`, by name.
+fn find_finalizers(directory: &Path) -> Result<Vec<PathBuf>> {
+    let finalizers = directory.join("finalize.d");
+    let entries = match fs::read_dir(&finalizers) {
+        Ok(entries) => entries,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("listing {}", finalizers.display())),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.with_context(|| format!("listing {}", finalizers.display()))?;
+        let metadata = entry.metadata().with_context(|| format!("reading {}", entry.path().display()))?;
+        if metadata.is_file() && metadata.permissions().mode() & 0o100 != 0 {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Merges what lies beside an included treefile, as its fields will be merged into
+/// `treefile`, which has only its own and earlier includes' fields yet.
+fn merge_external(treefile: &Treefile, external: &mut External, included: External) {
+    let mut add_files = included.add_files;
+    add_files.append(&mut external.add_files);
+    external.add_files = add_files;
+    if treefile.postprocess_script.is_none() {
+        external.postprocess_scripts = included.postprocess_scripts;
+    }
+    if treefile.check_passwd.is_none() {
+        external.passwd = included.passwd;
+    }
+    if treefile.check_groups.is_none() {
+        external.group = included.group;
+    }
+    external.finalize.extend(included.finalize);
+    // One of a name counts, the last that is read; all run in the order of their names.
+    external.finalize.reverse();
+    external.finalize.sort_by_key(|path| path.file_name().map(ToOwned::to_owned));
+    external.finalize.dedup_by_key(|path| path.file_name().map(ToOwned::to_owned));
+}
+
+/// Replaces variables in the fields that may have them.
+fn substitute_all(treefile: &mut Treefile, variables: &Variables) {
+    let substitute_in = |text: &mut String| *text = substitute(text, variables);
+    let Treefile { treeref, automatic_version_prefix, mutate_os_release, platform_module, .. } = treefile;
+    for text in [treeref, automatic_version_prefix, mutate_os_release, platform_module].into_iter().flatten() {
+        substitute_in(text);
+    }
+    if let Some(rojig) = &mut treefile.rojig {
+        substitute_in(&mut rojig.name);
+        substitute_in(&mut rojig.summary);
+        rojig.description.as_mut().map(substitute_in);
+    }
+    let maps = [&mut treefile.metadata, &mut treefile.add_commit_metadata];
+    for value in maps.into_iter().flatten().flat_map(|map| map.values_mut()) {
+        if let Value::String(text) = value {
+            substitute_in(text);
+        }
+    }
+}
