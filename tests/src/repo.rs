@@ -36,13 +36,10 @@ impl OstreeRepo {
         fs::write(usr.join("lib/noise"), noise).expect("the tree can be written");
         let tree = format!("--tree=dir={}", self.tree.display());
         let branch = format!("--branch={ref_name}");
-        let done = ok(self.ostree().args(["commit", &branch, "--subject=a <small> tree", "--timestamp=@1700000000"]).args([
-            "--owner-uid=0",
-            "--owner-gid=0",
-            "--no-xattrs",
-            "--add-metadata-string=version=1.<2>",
-            &tree,
-        ]));
+        let done = ok(self
+            .ostree()
+            .args(["commit", &branch, "--subject=a <small> tree", "--timestamp=@1700000000"])
+            .args(["--owner-uid=0", "--owner-gid=0", "--no-xattrs", "--add-metadata-string=version=1.<2>", &tree]));
         done.stdout.trim().to_owned()
     }
 

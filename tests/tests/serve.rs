@@ -173,7 +173,11 @@ fn ranges_and_methods() {
     let health = ask(&server, "/healthz", &[]);
     assert_eq!((health.status, health.body.as_str()), (200, "ok\n"));
     let metrics = ask(&server, "/metrics", &[]);
-    assert!(metrics.body.contains("oscontainer_http_requests_total{method=\"GET\",status=\"206\"} 3"), "{}", metrics.body);
+    assert!(
+        metrics.body.contains("oscontainer_http_requests_total{method=\"GET\",status=\"206\"} 3"),
+        "{}",
+        metrics.body
+    );
     assert!(metrics.body.contains("method=\"other\",status=\"405\"} 6"), "{}", metrics.body);
 }
 

@@ -51,11 +51,7 @@ pub fn config(commit: &Commit, architecture: &str, layers: &[Layer]) -> Result<I
     let config = ConfigBuilder::default()
         .user(USER)
         .exposed_ports([PORT.to_owned()])
-        .env([
-            "PATH=/usr/bin".to_owned(),
-            format!("OSCONTAINER_REPO=/{REPO}"),
-            format!("OSCONTAINER_LISTEN={LISTEN}"),
-        ])
+        .env(["PATH=/usr/bin".to_owned(), format!("OSCONTAINER_REPO=/{REPO}"), format!("OSCONTAINER_LISTEN={LISTEN}")])
         .entrypoint([format!("/{SERVER}"), "serve".to_owned()])
         .working_dir("/")
         .labels(labels(commit))

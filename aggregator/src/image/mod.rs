@@ -143,11 +143,7 @@ fn repo_layer(output: &mut Output, index: &Index, source: &Source) -> Result<Lay
 }
 
 /// Stores a JSON document of the image and describes it.
-fn store(
-    output: &mut Output,
-    media_type: MediaType,
-    content: &impl Serialize,
-) -> Result<oci_spec::image::Descriptor> {
+fn store(output: &mut Output, media_type: MediaType, content: &impl Serialize) -> Result<oci_spec::image::Descriptor> {
     let bytes = document::bytes(content)?;
     let size = bytes.len() as u64;
     let digest = output.blob(size, |file| {

@@ -86,9 +86,10 @@ impl fmt::Display for Reference {
 fn valid_tag(tag: &str) -> bool {
     tag.len() <= 255
         && tag.split('/').all(|component| {
-            component.replace("--", "-").split(['-', '.', '_', ':', '@', '+']).all(|part| {
-                !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric())
-            })
+            component
+                .replace("--", "-")
+                .split(['-', '.', '_', ':', '@', '+'])
+                .all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric()))
         })
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use oscontainer_artifact::digest::Checksum;
@@ -40,7 +40,7 @@ pub struct Source {
     pub commit: Commit,
     /// The objects, as `CHECKSUM.TYPE`, and their sizes in bytes.
     pub objects: BTreeMap<String, u64>,
-    path: PathBuf,
+    repo: Repository,
     summary: Vec<u8>,
 }
 
@@ -61,7 +61,7 @@ impl Source {
         let objects = reached(path, &checksum)?;
         let summary = repo.summary(&BTreeMap::from([(ref_name.clone(), checksum)]))?;
         let commit = Commit { ref_name, checksum, created, version: info.version, subject: info.subject };
-        Ok(Self { commit, objects, path: path.to_owned(), summary })
+        Ok(Self { commit, objects, repo, summary })
     }
 
     /// The object `CHECKSUM.TYPE`, open.
@@ -69,7 +69,7 @@ impl Source {
     /// # Errors
     /// When it cannot be read.
     pub fn object(&self, name: &str) -> Result<File> {
-        let path = self.path.join(index::object_in_repo(name));
+        let path = self.repo.path().join(index::object_in_repo(name));
         File::open(&path).with_context(|| format!("opening {}", path.display()))
     }
 

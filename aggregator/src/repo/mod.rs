@@ -103,18 +103,26 @@ impl Repository {
         Ok((commit, size))
     }
 
+    /// The canonical summary of `refs`.
+    ///
+    /// # Errors
+    /// When a commit cannot be read.
+    pub fn summary(&self, refs: &BTreeMap<String, Checksum>) -> Result<Vec<u8>> {
+        let mut entries = Vec::new();
+        for (name, checksum) in refs {
+            let (commit, size) = self.commit_and_size(checksum)?;
+            entries.push(summary::Entry { name: name.clone(), checksum: *checksum, size, commit });
+        }
+        Ok(summary::to_bytes(&entries))
+    }
+
     /// Writes `summary` anew, if it changes.
     ///
     /// # Errors
     /// When a ref or commit cannot be read, or the summary not written.
     pub fn write_summary(&self) -> Result<()> {
-        let mut entries = Vec::new();
-        for (name, checksum) in self.refs()? {
-            let (commit, size) = self.commit_and_size(&checksum)?;
-            entries.push(summary::Entry { name, checksum, size, commit });
-        }
+        let bytes = self.summary(&self.refs()?)?;
         let path = self.path.join("summary");
-        let bytes = summary::to_bytes(&entries);
         if fs::read(&path).is_ok_and(|old| old == bytes) {
             return Ok(());
         }

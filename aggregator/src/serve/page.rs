@@ -71,9 +71,8 @@ impl Page {
 /// that can do no harm in a shell.
 fn base_url(headers: &HeaderMap) -> String {
     let value = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    let harmless = |host: &&str| {
-        !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".:-[]_".contains(&b))
-    };
+    let harmless =
+        |host: &&str| !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".:-[]_".contains(&b));
     let host = value(HOST.as_str()).filter(harmless).unwrap_or(UNKNOWN_HOST);
     let scheme = if value("x-forwarded-proto") == Some("https") { "https" } else { "http" };
     format!("{scheme}://{host}/")

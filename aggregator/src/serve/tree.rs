@@ -62,7 +62,13 @@ impl Tree {
             Some(name) => format!("{name}-{size:x}"),
             None => self.digest(&mut file)?.hex(),
         };
-        Ok(Served { file: file.into(), size, etag, content_type: entry.content_type, cache_control: entry.cache_control })
+        Ok(Served {
+            file: file.into(),
+            size,
+            etag,
+            content_type: entry.content_type,
+            cache_control: entry.cache_control,
+        })
     }
 
     fn walk(&self, components: &[String]) -> io::Result<File> {
