@@ -178,19 +178,14 @@ impl<'a, R: Read> Reader<'a, R> {
 
     fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
         match self.input.read_exact(buffer) {
-            Err(error)
-                if error.kind() == ErrorKind::UnexpectedEof && error.get_ref().is_none_or(|e| !is_network(e)) =>
+            // A connection that broke is another kind: then the reader has an error of its own.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof =>
             {
                 reject!("the tarball ends too early, after {:?}", self.last)
             }
             done => done.context("reading the tarball"),
         }
     }
-}
-
-/// Whether an end of file is a connection that broke and not the file's end.
-fn is_network(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
-    error.is::<reqwest::Error>()
 }
 
 fn block(bytes: &[u8]) -> &Header {
