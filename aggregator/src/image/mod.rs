@@ -12,7 +12,6 @@ mod output;
 mod reference;
 mod server;
 mod source;
-mod staging;
 mod stored_gzip;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -13,11 +13,11 @@ use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex, ImageIndexBui
 use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::tarball::{self, Kind};
 use oscontainer_program::exit::Usage;
+use oscontainer_program::staging::Staging;
 use rustix::fs::{FlockOperation, flock};
 
 use super::document;
 use super::reference::{Reference, Transport};
-use super::staging::Staging;
 
 /// The file that says that a directory is an OCI image layout, and its content
 /// (OCI image specification, image-layout.md).
@@ -57,14 +57,13 @@ impl Output {
         let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
             return Err(Usage(format!("--output {reference} names no directory that could be made")).into());
         };
-        let (parent, name) = (parent.to_owned(), name.to_owned());
+        let (parent, prefix) = (parent.to_owned(), format!(".{}.oscontainer-", name.to_string_lossy()));
         let existing = match fs::read_dir(&target) {
             Ok(mut entries) => entries.next().is_some(),
             Err(e) if e.kind() == ErrorKind::NotFound => false,
             Err(e) if e.kind() == ErrorKind::NotADirectory => reference.transport() == Transport::Layout,
             Err(e) => return Err(e).with_context(|| format!("reading {}", target.display())),
         };
-        fs::create_dir_all(&parent).with_context(|| format!("making {}", parent.display()))?;
         let (staging, form) = match reference.transport() {
             Transport::Layout if existing => {
                 if !target.join(LAYOUT_FILE).is_file() {
@@ -74,10 +73,10 @@ impl Output {
                     ))
                     .into());
                 }
-                (Staging::create(&target, "blobs".as_ref())?, Form::Existing)
+                (Staging::new(&target, ".blobs.oscontainer-")?, Form::Existing)
             }
             Transport::Layout => {
-                let staging = Staging::create(&parent, &name)?;
+                let staging = Staging::new(&parent, &prefix)?;
                 let root = staging.path().join("layout");
                 fs::create_dir_all(root.join(BLOBS)).with_context(|| format!("making {}", root.display()))?;
                 write_file(&root.join(LAYOUT_FILE), LAYOUT)?;
@@ -87,7 +86,7 @@ impl Output {
                 if target.is_dir() {
                     return Err(Usage(format!("{} is a directory: name a file", target.display())).into());
                 }
-                let staging = Staging::create(&parent, &name)?;
+                let staging = Staging::new(&parent, &prefix)?;
                 let path = staging.path().join("archive.tar");
                 let mut file = File::create(&path).with_context(|| format!("making {}", path.display()))?;
                 for directory in ["blobs", BLOBS] {

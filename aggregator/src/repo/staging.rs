@@ -1,26 +1,22 @@
 //! Where a verified artifact grows, unseen: beside a new repository, or in the
-//! `tmp` of one that exists. The directory is locked while its process lives; what
-//! a killed process left is removed by the next one.
+//! `tmp` of one that exists.
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use oscontainer_artifact::object::{ObjectName, Type};
 use oscontainer_artifact::tarball::{CONFIG, DIRECTORIES};
 use oscontainer_program::exit::Usage;
+use oscontainer_program::staging;
 use rustix::fs::{FlockOperation, flock, syncfs};
-use rustix::io::Errno;
-use tempfile::TempDir;
 
-use super::{Repository, mode};
+use super::Repository;
 use crate::verify::{Objects, Verified, check_object};
 
 /// A repository in the making. Dropped, it leaves nothing.
 pub struct Staging {
-    directory: TempDir,
-    lock: File,
+    directory: staging::Staging,
     output: PathBuf,
     existing: Option<Existing>,
 }
@@ -64,9 +60,7 @@ impl Staging {
             Some(_) => (output.join("tmp"), ".fetch-".to_owned()),
             None => (parent.to_owned(), format!(".{}.fetch-", name.to_string_lossy())),
         };
-        fs::create_dir_all(&parent).with_context(|| format!("creating {}", parent.display()))?;
-        remove_stale(&parent, &prefix)?;
-        let (directory, lock) = create_locked(&parent, &prefix)?;
+        let directory = staging::Staging::new(&parent, &prefix)?;
         for path in DIRECTORIES {
             fs::create_dir(directory.path().join(path)).context("creating the repository's directories")?;
         }
@@ -74,7 +68,7 @@ impl Staging {
             fs::create_dir(directory.path().join(format!("objects/{start:02x}")))
                 .context("creating the repository's directories")?;
         }
-        Ok(Self { directory, lock, output, existing })
+        Ok(Self { directory, output, existing })
     }
 
     /// Makes what was verified visible, and safe from a power cut: a new
@@ -84,7 +78,7 @@ impl Staging {
     /// # Errors
     /// When the disk is full or cannot be written.
     pub fn publish(self, verified: &Verified) -> Result<()> {
-        let shown = self.output.display();
+        let disk = File::open(self.directory.path()).context("opening the temporary directory")?;
         let manifest = verified.manifest();
         let commit = ObjectName::new(manifest.commit, Type::Commit);
         for start in 0..=255_u8 {
@@ -92,9 +86,9 @@ impl Staging {
             let _ = fs::remove_dir(self.directory.path().join(format!("objects/{start:02x}")));
         }
         if let Some(existing) = &self.existing {
-            syncfs(&self.lock).context("writing the objects to disk")?;
+            syncfs(&disk).context("writing the objects to disk")?;
             self.move_objects(|name| name != commit)?;
-            syncfs(&self.lock).context("writing the objects to disk")?;
+            syncfs(&disk).context("writing the objects to disk")?;
             self.move_objects(|name| name == commit)?;
             existing.repository.write_ref(&manifest.ref_name, &manifest.commit)?;
             return existing.repository.write_summary();
@@ -104,14 +98,8 @@ impl Staging {
         let repository = Repository::open(path)?;
         repository.write_ref(&manifest.ref_name, &manifest.commit)?;
         repository.write_summary()?;
-        syncfs(&self.lock).context("writing the repository to disk")?;
-        fs::rename(path, &self.output).with_context(|| format!("renaming {} to {shown}", path.display()))?;
-        // It is not temporary any more.
-        let _ = self.directory.keep();
-        if let Some(parent) = self.output.parent() {
-            File::open(parent).and_then(|parent| parent.sync_all()).with_context(|| format!("syncing {shown}"))?;
-        }
-        Ok(())
+        syncfs(&disk).context("writing the repository to disk")?;
+        self.directory.rename_to(&self.output)
     }
 
     fn move_objects(&self, wanted: impl Fn(ObjectName) -> bool) -> Result<()> {
@@ -160,41 +148,4 @@ fn sorted(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = read().with_context(|| format!("reading the directory {}", directory.display()))?;
     paths.sort();
     Ok(paths)
-}
-
-/// Removes directories of processes that are gone: their lock is free.
-fn remove_stale(parent: &Path, prefix: &str) -> Result<()> {
-    for path in sorted(parent)? {
-        let ours = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(prefix));
-        if !ours {
-            continue;
-        }
-        let Ok(directory) = File::open(&path) else { continue };
-        if flock(&directory, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
-            continue;
-        }
-        tracing::info!("removing {}, which an interrupted run left", path.display());
-        fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
-    }
-    Ok(())
-}
-
-/// A new directory and the lock on it. Another process may take it for stale
-/// before it is locked; then it is gone, and made again.
-fn create_locked(parent: &Path, prefix: &str) -> Result<(TempDir, File)> {
-    const ATTEMPTS: usize = 100;
-    for _ in 0..ATTEMPTS {
-        let directory = tempfile::Builder::new()
-            .prefix(prefix)
-            .permissions(mode(0o755))
-            .tempdir_in(parent)
-            .with_context(|| format!("creating a directory in {}", parent.display()))?;
-        let Ok(lock) = File::open(directory.path()) else { continue };
-        flock(&lock, FlockOperation::LockExclusive).context("locking the temporary directory")?;
-        let same = fs::metadata(directory.path()).is_ok_and(|now| lock.metadata().is_ok_and(|m| m.ino() == now.ino()));
-        if same {
-            return Ok((directory, lock));
-        }
-    }
-    bail!("other runs remove the temporary directories in {}", parent.display())
 }

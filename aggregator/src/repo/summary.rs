@@ -27,7 +27,7 @@ pub fn to_bytes(entries: &[Entry]) -> Vec<u8> {
         }
         metadata.push(pair("ostree.commit.timestamp", "t", u64_be(entry.commit.timestamp)));
         let checksum = Value { bytes: entry.checksum.bytes().to_vec(), alignment: 1, fixed: false };
-        structure(vec![string(&entry.name), structure(vec![u64_be(entry.size), checksum, array(metadata)])])
+        structure(vec![string(&entry.name), structure(vec![size(entry.size), checksum, array(metadata)])])
     });
     let newest = entries.iter().map(|entry| entry.commit.timestamp).max().unwrap_or(0);
     let metadata = vec![
@@ -54,6 +54,12 @@ fn string(text: &str) -> Value {
 /// libostree keeps its numbers big-endian within GVariants.
 fn u64_be(number: u64) -> Value {
     Value { bytes: number.to_be_bytes().to_vec(), alignment: 8, fixed: true }
+}
+
+/// But for the size of a ref's commit, which is in the order of the machine that
+/// wrote the summary (ostree-repo.c, `summary_add_ref_entry`): here, always little.
+fn size(number: u64) -> Value {
+    Value { bytes: number.to_le_bytes().to_vec(), alignment: 8, fixed: true }
 }
 
 fn boolean(value: bool) -> Value {

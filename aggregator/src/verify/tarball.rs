@@ -179,8 +179,7 @@ impl<'a, R: Read> Reader<'a, R> {
     fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
         match self.input.read_exact(buffer) {
             // A connection that broke is another kind: then the reader has an error of its own.
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof =>
-            {
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
                 reject!("the tarball ends too early, after {:?}", self.last)
             }
             done => done.context("reading the tarball"),

@@ -2,9 +2,9 @@
 //! It is locked while its process lives; what a killed process left is removed by
 //! the next one that works in the same place.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -28,12 +28,15 @@ impl Staging {
         loop {
             let dir = tempfile::Builder::new()
                 .prefix(prefix)
+                // The umask decides, as for every other directory that a user makes.
+                .permissions(Permissions::from_mode(0o777))
                 .tempdir_in(parent)
                 .with_context(|| format!("making a temporary directory in {}", parent.display()))?;
             // Between mkdir and lock, another process may have taken it for stale.
             let locked = File::open(dir.path()).ok().filter(|file| file.try_lock().is_ok());
             if let Some(lock) = locked
-                && fs::metadata(dir.path()).is_ok_and(|there| lock.metadata().is_ok_and(|ours| there.ino() == ours.ino()))
+                && fs::metadata(dir.path())
+                    .is_ok_and(|there| lock.metadata().is_ok_and(|ours| there.ino() == ours.ino()))
             {
                 return Ok(Self { dir, _lock: lock });
             }

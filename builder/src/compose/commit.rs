@@ -4,12 +4,12 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use oscontainer_artifact::manifest::INPUTHASH;
+use oscontainer_program::reject;
 use ostree::glib::prelude::ToVariant;
 use ostree::glib::{Variant, VariantDict};
 use ostree::prelude::*;
 use ostree::{MutableTree, Repo, RepoCommitModifier, RepoCommitModifierFlags, RepoFile, RepoMode, SePolicy, gio};
-use oscontainer_artifact::manifest::INPUTHASH;
-use oscontainer_program::reject;
 
 use super::packages::Package;
 
@@ -95,7 +95,8 @@ pub fn describe(repo: &Repo, commit: &str) -> Result<Description> {
     let metadata = VariantDict::new(Some(&variant.child_value(0)));
     let text = |key: &str| metadata.lookup_value(key, None).and_then(|value| value.get::<String>());
     let packages = metadata.lookup_value("rpmostree.rpmdb.pkglist", None);
-    let packages = packages.and_then(|list| list.get::<Vec<(String, String, String, String, String)>>()).unwrap_or_default();
+    let packages =
+        packages.and_then(|list| list.get::<Vec<(String, String, String, String, String)>>()).unwrap_or_default();
     let packaged = packages.into_iter().map(|package| package.4).find(|arch| arch != "noarch");
     Ok(Description {
         version: text("version"),
@@ -135,7 +136,8 @@ pub fn commit(repo: &Repo, root: &Path, ref_name: &str, parent: Option<&str>, fa
     let root_text = root.to_str().context("the tree's path is not UTF-8")?;
     let modifier = RepoCommitModifier::new(RepoCommitModifierFlags::NONE, None);
     if root.join("usr/etc/selinux/config").exists() {
-        let policy = SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE).context("loading the SELinux policy")?;
+        let policy =
+            SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE).context("loading the SELinux policy")?;
         modifier.set_sepolicy(Some(&policy));
     }
     let transaction = repo.auto_transaction(gio::Cancellable::NONE).context("starting a transaction")?;
@@ -176,7 +178,9 @@ fn metadata(facts: &Facts) -> Result<Variant> {
         .collect();
     entries.push(("rpmostree.rpmdb.pkglist".into(), list.to_variant()));
     entries.sort_by(|a, b| a.0.cmp(&b.0));
-    let entries = entries.into_iter().map(|(key, value)| Variant::from_dict_entry(&key.to_variant(), &Variant::from_variant(&value)));
+    let entries = entries
+        .into_iter()
+        .map(|(key, value)| Variant::from_dict_entry(&key.to_variant(), &Variant::from_variant(&value)));
     Ok(Variant::array_from_iter_with_type(ostree::glib::VariantTy::new("{sv}")?, entries))
 }
 

@@ -26,12 +26,13 @@ const REJECTED: [&str; 8] = [
 /// Lines of rpm about a scriptlet that failed; dnf itself may go on after some.
 const SCRIPTLET: [&str; 2] = ["scriptlet failed, exit status", "scriptlet failed, signal"];
 /// Lines that say that trying again may help.
-const RETRY: [&str; 5] = ["Failed to download metadata", "Cannot download", "Curl error", "No space left", "Error downloading packages"];
+const RETRY: [&str; 5] =
+    ["Failed to download metadata", "Cannot download", "Curl error", "No space left", "Error downloading packages"];
 
 /// Where dnf works for one compose.
 pub struct Dnf<'a> {
     flattened: &'a Flattened,
-    /// Configuration, private HOME and dnf's state; goes with the compose.
+    /// Configuration and private HOME; goes with the compose.
     work: PathBuf,
     /// Metadata and packages; stays.
     cache: PathBuf,
@@ -47,7 +48,7 @@ impl<'a> Dnf<'a> {
     /// When a repository of the treefile has no `.repo` file, or files cannot be written.
     pub fn prepare(flattened: &'a Flattened, work: &Path, cache: &Path, root: &Path, epoch: u64) -> Result<Self> {
         let dnf = Self { flattened, work: work.to_owned(), cache: cache.join("dnf"), root: root.to_owned(), epoch };
-        for dir in ["home", "repos", "vars", "state", "log"] {
+        for dir in ["home", "repos", "vars"] {
             fs::create_dir_all(dnf.work.join(dir)).context("making dnf's directories")?;
         }
         fs::create_dir_all(&dnf.cache).with_context(|| format!("making {}", dnf.cache.display()))?;
@@ -74,7 +75,10 @@ impl<'a> Dnf<'a> {
             conf.push_str("tsflags=nodocs\n");
         }
         if let Some(exclude) = treefile.exclude_packages.as_ref().filter(|names| !names.is_empty()) {
-            conf.push_str(&format!("excludepkgs={}\n", exclude.iter().map(String::as_str).collect::<Vec<_>>().join(",")));
+            conf.push_str(&format!(
+                "excludepkgs={}\n",
+                exclude.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+            ));
         }
         conf
     }
@@ -87,14 +91,19 @@ impl<'a> Dnf<'a> {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "repo") {
                 let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-                known.extend(text.lines().filter_map(|line| line.trim().strip_prefix('[')?.strip_suffix(']').map(str::to_owned)));
+                known.extend(
+                    text.lines().filter_map(|line| line.trim().strip_prefix('[')?.strip_suffix(']').map(str::to_owned)),
+                );
                 let name = path.file_name().context("a directory entry has a name")?;
                 fs::write(self.work.join("repos").join(name), text)?;
             }
         }
         for repo in self.repositories() {
             if !known.contains(repo) {
-                reject!("the treefile names the repository {repo:?}, but no .repo file in {} defines it", dir.display());
+                reject!(
+                    "the treefile names the repository {repo:?}, but no .repo file in {} defines it",
+                    dir.display()
+                );
             }
         }
         Ok(())
@@ -109,11 +118,10 @@ impl<'a> Dnf<'a> {
         let mut command = Sandbox { writable: &writable, network }.outside(&self.root);
         command.arg("dnf").arg("--config").arg(self.work.join("dnf.conf"));
         command.arg("--installroot").arg(&self.root);
-        for (option, dir) in [("cachedir", &self.cache), ("persistdir", &self.work.join("state")), ("logdir", &self.work.join("log"))] {
-            let mut setopt = OsString::from(format!("--setopt={option}="));
-            setopt.push(dir);
-            command.arg(setopt);
-        }
+        // Its log and state stay where it puts them, inside the tree; they are removed there.
+        let mut cache = OsString::from("--setopt=cachedir=");
+        cache.push(&self.cache);
+        command.arg(cache);
         if let Some(releasever) = &self.flattened.treefile.releasever {
             command.arg(format!("--releasever={releasever}"));
         } else {

@@ -70,7 +70,8 @@ impl Engine for DnfEngine {
         for dir in ["dev", "proc", "run", "tmp"] {
             tree.directory(dir)?;
         }
-        let dnf = Dnf::prepare(&flattened, &staging.path().join("dnf"), job.cache, &root, epoch.unwrap_or(INSTALL_TIME))?;
+        let dnf =
+            Dnf::prepare(&flattened, &staging.path().join("dnf"), job.cache, &root, epoch.unwrap_or(INSTALL_TIME))?;
         if job.options.dry_run {
             stage("resolving packages", || dnf.show())?;
             return Ok(None);
@@ -125,7 +126,8 @@ fn stage<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
 fn source_date_epoch() -> Result<Option<u64>> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) => {
-            let seconds = text.parse().map_err(|_| Usage(format!("SOURCE_DATE_EPOCH {text:?} is not a number of seconds")))?;
+            let seconds =
+                text.parse().map_err(|_| Usage(format!("SOURCE_DATE_EPOCH {text:?} is not a number of seconds")))?;
             Ok(Some(seconds))
         }
         Err(_) => Ok(None),

@@ -41,7 +41,9 @@ pub fn prepare(tree: &Tree, treefile: &Treefile) -> Result<Option<String>> {
     if !ended.status.success() {
         reject!("dracut ended with {}; its last lines:{}", ended.status, ended.tail());
     }
-    let Some(image) = tree.entry(SCRATCH)? else { reject!("dracut made no initramfs; its last lines:{}", ended.tail()) };
+    let Some(image) = tree.entry(SCRATCH)? else {
+        reject!("dracut made no initramfs; its last lines:{}", ended.tail())
+    };
     fs::set_permissions(&image, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     tree.rename(SCRATCH, &format!("{dir}/initramfs.img"))?;
     tree.remove("boot")?;

@@ -46,16 +46,23 @@ d /var/usrlocal/share 0755 root root - -
 d /var/usrlocal/src 0755 root root - -
 ";
 /// What dnf, rpm and ldconfig leave, and no image needs or can have reproducible.
-const LEFTOVERS: [&str; 9] = [
+const LEFTOVERS: [&str; 16] = [
     "etc/dnf/modules.d",
+    "etc/machine-id",
+    "usr/lib/sysimage/libdnf5",
     "var/cache/dnf",
-    "var/cache/libdnf5",
     "var/cache/ldconfig",
+    "var/cache/libdnf5",
+    "var/cache/yum",
     "var/lib/dnf",
     "var/lib/rpm",
-    "usr/lib/sysimage/libdnf5",
-    "var/log",
-    "var/cache/yum",
+    "var/log/dnf.librepo.log",
+    "var/log/dnf.log",
+    "var/log/dnf.rpm.log",
+    "var/log/dnf5.log",
+    "var/log/hawkey.log",
+    "var/log/lastlog",
+    "var/log/faillog",
 ];
 /// Where regular files of /var go; systemd-tmpfiles copies them at boot.
 const FACTORY: &str = "usr/share/factory";

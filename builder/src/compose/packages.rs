@@ -42,8 +42,12 @@ pub fn installed(dbpath: &Path, home: &Path) -> Result<Vec<Package>> {
 }
 
 fn parse(line: &str) -> Result<Package> {
-    let fields: [&str; 7] =
-        line.split('\t').collect::<Vec<_>>().try_into().ok().with_context(|| format!("reading rpm's answer {line:?}"))?;
+    let fields: [&str; 7] = line
+        .split('\t')
+        .collect::<Vec<_>>()
+        .try_into()
+        .ok()
+        .with_context(|| format!("reading rpm's answer {line:?}"))?;
     let [name, epoch, version, release, arch, build_time, header] = fields.map(str::to_owned);
     let build_time = build_time.parse().with_context(|| format!("reading the build time of {name}"))?;
     Ok(Package { name, epoch, version, release, arch, build_time, header })

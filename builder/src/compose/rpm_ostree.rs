@@ -12,15 +12,22 @@ use super::{Commit, Engine, Job, commit, process};
 use crate::treefile::{self, Machine};
 
 /// Its lines that say that trying again may help; all else is the input's fault.
-const RETRY: [&str; 6] =
-    ["Curl error", "Could not resolve", "Cannot download", "Failed to download", "No space left", "Timeout was reached"];
+const RETRY: [&str; 6] = [
+    "Curl error",
+    "Could not resolve",
+    "Cannot download",
+    "Failed to download",
+    "No space left",
+    "Timeout was reached",
+];
 
 /// Spawns `rpm-ostree`.
 pub struct RpmOstree;
 
 /// Whether `rpm-ostree` is in the PATH.
 pub fn is_installed() -> bool {
-    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join("rpm-ostree").is_file()))
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join("rpm-ostree").is_file()))
 }
 
 impl Engine for RpmOstree {

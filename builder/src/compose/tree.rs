@@ -99,7 +99,8 @@ impl Tree {
         self.remove(path)?;
         let place = self.place(path)?;
         fs::write(&place, bytes).with_context(|| format!("writing /{path} of the tree"))?;
-        fs::set_permissions(&place, Permissions::from_mode(mode)).with_context(|| format!("writing /{path} of the tree"))
+        fs::set_permissions(&place, Permissions::from_mode(mode))
+            .with_context(|| format!("writing /{path} of the tree"))
     }
 
     /// Makes the symbolic link `path` that holds `target`, in the place of what is there.
@@ -131,7 +132,8 @@ impl Tree {
     /// When it cannot be removed.
     pub fn remove(&self, path: &str) -> Result<()> {
         let Some(place) = self.entry(path)? else { return Ok(()) };
-        let removed = if place.symlink_metadata()?.is_dir() { fs::remove_dir_all(&place) } else { fs::remove_file(&place) };
+        let removed =
+            if place.symlink_metadata()?.is_dir() { fs::remove_dir_all(&place) } else { fs::remove_file(&place) };
         removed.with_context(|| format!("removing /{path} of the tree"))
     }
 

@@ -14,8 +14,9 @@ pub fn next(prefix: &str, suffix: Option<&str>, last: Option<&str>, now: i64) ->
     let (prefix, dated) = match prefix.split_once("<date:") {
         None => (prefix.to_owned(), false),
         Some((before, rest)) => {
-            let (format, after) =
-                rest.split_once('>').with_context(|| format!("automatic-version-prefix {prefix:?}: <date: is not closed"))?;
+            let (format, after) = rest
+                .split_once('>')
+                .with_context(|| format!("automatic-version-prefix {prefix:?}: <date: is not closed"))?;
             let date = DateTime::from_unix_utc(now).and_then(|time| time.format(format));
             let date = date.with_context(|| format!("automatic-version-prefix {prefix:?}: formatting the date"))?;
             (format!("{before}{date}{after}"), true)
@@ -23,7 +24,9 @@ pub fn next(prefix: &str, suffix: Option<&str>, last: Option<&str>, now: i64) ->
     };
     let suffix = suffix.unwrap_or(".");
     let number = last.and_then(|last| last.strip_prefix(&prefix)).map(|rest| {
-        rest.strip_prefix(suffix).and_then(|number| number.parse::<u64>().ok()).map_or(1, |number| number.saturating_add(1))
+        rest.strip_prefix(suffix)
+            .and_then(|number| number.parse::<u64>().ok())
+            .map_or(1, |number| number.saturating_add(1))
     });
     Ok(match number {
         Some(number) => format!("{prefix}{suffix}{number}"),

@@ -86,14 +86,19 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
     if let Some(length) = body.size_hint().exact().filter(|_| !parts.headers.contains_key(CONTENT_LENGTH)) {
         parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
-    if body.is_end_stream() {
+    if line.method == Method::HEAD || body.is_end_stream() {
         line.whole = true;
         return Response::from_parts(parts, body);
     }
+    // The body is not asked for its end once it has given as many bytes as it said.
+    let length = parts.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     let chunks = body.into_data_stream().map(Some).chain(futures_util::stream::iter([None]));
     let counted = chunks.filter_map(move |chunk| {
         match &chunk {
-            Some(Ok(bytes)) => line.sent += bytes.len() as u64,
+            Some(Ok(bytes)) => {
+                line.sent += bytes.len() as u64;
+                line.whole = length == Some(line.sent);
+            }
             Some(Err(error)) => tracing::error!("{}: {error}", line.uri.path()),
             None => line.whole = true,
         }
