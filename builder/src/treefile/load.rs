@@ -27,8 +27,11 @@ const DEPTH_LIMIT: usize = 50;
 /// Bytes of one treefile; the largest public one has some 60 KiB.
 const SIZE_LIMIT: u64 = 1 << 20;
 
-/// Mistakes that are listed of one file.
+/// Mistakes that are listed of one file; of one larger than [`EASY_SIZE`], one.
 const LISTED: usize = 20;
+
+/// Bytes of a treefile that is soon read again for the place of each mistake.
+const EASY_SIZE: usize = 64 << 10;
 
 /// Reads the treefile at `path` and all that it includes, as they hold on `machine`.
 ///
@@ -188,12 +191,14 @@ fn parse_text(path: &Path, text: &str, format: Format, machine: &Machine) -> Res
 
 /// All that is wrong with one file, in one line.
 fn rejected(path: &Path, text: &str, problems: Vec<Problem>) -> Rejected {
-    let count = problems.len();
-    let mut placed: Vec<_> =
-        problems.into_iter().map(|problem| (source::locate(text, &problem.path, problem.at_key), problem)).collect();
+    // Each place takes a walk through the text.
+    let listed = if text.len() > EASY_SIZE { 1 } else { LISTED };
+    let more = problems.len().saturating_sub(listed);
+    let place = |problem: &Problem| source::locate(text, &problem.path, problem.at_key);
+    let mut placed: Vec<_> = problems.into_iter().take(listed).map(|problem| (place(&problem), problem)).collect();
     placed.sort_by_key(|(place, _)| *place);
     let mut lines = Vec::new();
-    for (place, problem) in placed.into_iter().take(LISTED) {
+    for (place, problem) in placed {
         let mut line = path.display().to_string();
         if let Some((row, column)) = place {
             // Writing to a string cannot fail.
@@ -206,8 +211,8 @@ fn rejected(path: &Path, text: &str, problems: Vec<Problem>) -> Rejected {
         let message = problem.message.replace('\n', "\\n");
         lines.push(if field.is_empty() { format!("{line}: {message}") } else { format!("{line}: {field}: {message}") });
     }
-    if count > LISTED {
-        lines.push(format!("and {} more", count - LISTED));
+    if more > 0 {
+        lines.push(format!("and {more} more"));
     }
     Rejected::new(lines.join("; "))
 }
