@@ -12,16 +12,16 @@ use super::process::{self, Ended};
 use super::sandbox::Sandbox;
 use crate::treefile::Flattened;
 
-/// Lines of dnf and rpm that say that the input is wrong, not the weather.
+/// What dnf and rpm say when the input is wrong, not the weather; the most telling first.
 const REJECTED: [&str; 8] = [
+    "does not exist - using root",
     "No match for argument",
     "Unable to find a match",
     "nothing provides",
-    "conflicting requests",
     "conflicts with",
-    "does not exist - using root",
     "There are no enabled repositories",
     "Unknown repo",
+    "conflicting requests",
 ];
 /// Lines of rpm about a scriptlet that failed; dnf itself may go on after some.
 const SCRIPTLET: [&str; 2] = ["scriptlet failed, exit status", "scriptlet failed, signal"];
@@ -183,7 +183,7 @@ fn judge(ended: Ended) -> Result<()> {
     if let Some(line) = ended.find(&SCRIPTLET) {
         reject!("a package's scriptlet failed: {line}; what it said is among the last lines:{}", ended.tail());
     }
-    let rejected = ended.find(&REJECTED);
+    let rejected = REJECTED.iter().find_map(|text| ended.find(&[text]));
     if let Some(line) = rejected.filter(|line| line.contains("using root")) {
         reject!("{line}: the file's owner would silently be wrong; add the package that makes this user or group");
     }
