@@ -42,7 +42,7 @@ serve() { # NAME COMMAND...: starts a server on a free port; its URL goes to $ur
 field() { sed -n "s/^$2: //p" "$demo/$1.out"; }
 
 echo "oscontainer $version: from a treefile to a node that pulls"
-step rpms "$target/release/make-rpms" --output "$demo/rpms" --treefile treefiles/demo.yaml --work "$demo/treefiles"
+step rpms "$target/release/make-rpms" --output "$target/fixtures/rpms/demo" --cache "$target/fixtures/debs" --treefile treefiles/demo.yaml --work "$demo/treefiles"
 step compose "$builder" compose --engine dnf --repo "$demo/repo" "$demo/treefiles/demo.yaml"
 ref=$(field compose ref)
 commit=$(field compose commit)
