@@ -223,7 +223,7 @@ fn bad_input_is_one_error_and_no_ref() {
     let treefile = small(dir.path(), "repos: [far]\npackages: [filesystem]\n");
     fs::write(dir.path().join("far.repo"), "[far]\nname=far\nbaseurl=http://127.0.0.1:9/\ngpgcheck=0\nretries=1\n")
         .unwrap();
-    fails(&mut compose(dir.path(), &treefile), 1, "far");
+    fails(&mut compose(dir.path(), &treefile), 1, "http://127.0.0.1:9/");
     if dir.path().join("repo").exists() {
         assert_eq!(ok(tool("ostree").args(["refs", "--repo"]).arg(dir.path().join("repo"))).stdout, "");
     }

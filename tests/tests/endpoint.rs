@@ -614,7 +614,7 @@ fn paths_are_taken_by_the_grammar_only() {
         assert!([400, 404].contains(&got), "{path}: {got}");
     }
     assert_eq!(endpoint.put(&file("demo", "latest", "repo.tar"), b"x").status, 400);
-    for other in ["other.json", "version.json", "repo.tar/", "..", "%2e%2e%2fversion.json", ""] {
+    for other in ["other.json", "version.json", "repo.tar/", "%2e%2e%2fversion.json", ""] {
         let path = file("demo", "1", other);
         assert_eq!(endpoint.curl(&path, &["--path-as-is"]).status, 404, "{path}");
         assert_eq!(endpoint.put_with(&path, b"x", &["-X", "PUT", "--path-as-is"]).status, 404, "{path}");

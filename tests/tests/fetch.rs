@@ -95,7 +95,7 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 fn ostree(repo: &Path, arguments: &[&str]) -> String {
-    ok(tool("ostree").arg("--repo").arg(repo).args(arguments)).stdout
+    ok(tool("ostree").arg(format!("--repo={}", repo.display())).args(arguments)).stdout
 }
 
 #[test]
