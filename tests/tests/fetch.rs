@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use e2e::artifacts::{Artifact, Entry, REF, Served, commit};
 use e2e::http::{Answer, Static};
-use e2e::{aggregator, fails, ok, tool};
+use e2e::{aggregator, fails, ok, run, tool};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::tarball::{BLOCK, Kind, header};
 use tempfile::TempDir;
@@ -320,6 +320,8 @@ fn no_byte_of_an_object_can_change() {
     };
     let objects: Vec<_> = good.entries.iter().filter(|entry| entry.path.starts_with("objects/")).collect();
     let objects: Vec<_> = objects.into_iter().filter(|entry| !entry.content.is_empty()).collect();
+    // Detached metadata has no checksum: the tarball's digest alone pins it.
+    let objects: Vec<_> = objects.into_iter().filter(|entry| !entry.path.ends_with(".commitmeta")).collect();
     let files: Vec<_> = objects.iter().filter(|entry| entry.path.ends_with(".filez")).collect();
     for entry in &files {
         for offset in [0, 3, 4, 7, 8, 15, 16, 20, 24, 28, 32] {
@@ -342,7 +344,26 @@ fn no_byte_of_an_object_can_change() {
     for _ in 0..60 {
         let entry = objects[random.below(objects.len())];
         let (byte, bit) = (random.below(entry.content.len()), random.below(8));
-        rejected(entry, "verifying object", &|bytes| bytes[byte] ^= 1 << bit);
+        let header = |content: &[u8]| u32::from_be_bytes(content[..4].try_into().unwrap()) as usize + 8;
+        if !entry.path.ends_with(".filez") || byte < header(&entry.content) {
+            rejected(entry, "verifying object", &|bytes| bytes[byte] ^= 1 << bit);
+            continue;
+        }
+        // A deflate stream can say the same in several ways (the bits before a stored
+        // block, for one): such a flip may pass, but never with other content.
+        let mut artifact = good.clone();
+        artifact.entry(&entry.path).content[byte] ^= 1 << bit;
+        let done = run(&mut scene.fetch(&artifact.serve(&scene.server, "/o")));
+        if done.code == 0 {
+            let repo = scene.path("out/repo");
+            ostree(&repo, &["fsck"]);
+            let expected = ostree(&scene.path("source"), &["ls", "-R", "-C", REF]);
+            assert_eq!(ostree(&repo, &["ls", "-R", "-C", REF]), expected);
+            fs::remove_dir_all(&repo).unwrap();
+        } else {
+            assert!(done.code == 3 && done.stderr.contains("verifying object"), "{done:?}");
+            assert_eq!(names(&scene.path("out")), [""; 0], "something was left behind");
+        }
     }
 }
 
