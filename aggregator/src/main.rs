@@ -6,7 +6,6 @@ mod cli;
 mod fetch;
 mod image;
 mod repo;
-mod rfc3339;
 mod serve;
 mod verify;
 

@@ -20,7 +20,7 @@ use oscontainer_artifact::manifest::Manifest;
 use oscontainer_artifact::object::ObjectName;
 use oscontainer_program::reject;
 
-pub use object::{Links, check_object};
+pub use object::{Check, Links, check_object};
 use stream::Counted;
 
 /// Bytes of an object that travel at a time.
@@ -40,7 +40,7 @@ pub struct Fetched<R> {
 /// An artifact that was verified as a whole. Only [`verify`] makes one.
 pub struct Verified {
     manifest: Manifest,
-    objects: u64,
+    objects: Vec<ObjectName>,
 }
 
 impl Verified {
@@ -49,9 +49,9 @@ impl Verified {
         &self.manifest
     }
 
-    /// How many objects the tarball holds.
-    pub fn objects(&self) -> u64 {
-        self.objects
+    /// The objects that the tarball holds, in no order.
+    pub fn objects(&self) -> &[ObjectName] {
+        &self.objects
     }
 }
 
@@ -94,7 +94,7 @@ pub fn verify<R: Read>(fetched: Fetched<R>, store: &impl Objects, progress: impl
         reject!("the tarball's digest is {digest}, the manifest says {}", manifest.tarball.digest);
     }
     let results = pool.results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let objects = results.len() as u64;
+    let objects = results.iter().map(|(name, _)| *name).collect();
     closure::check(&manifest.commit, results)?;
     Ok(Verified { manifest, objects })
 }

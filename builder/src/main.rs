@@ -3,10 +3,12 @@
 //!     treefile ─▶ compose ─▶ commit ─▶ pack ─▶ publish ─▶ [endpoint]
 
 mod cli;
+mod cluster;
 mod compose;
 mod endpoint;
 mod pack;
 mod publish;
+mod restore;
 mod run;
 mod treefile;
 

@@ -3,13 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{Read, Write};
+use std::mem::replace;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use oscontainer_artifact::digest::{Checksum, Digest, Hasher};
-use oscontainer_artifact::manifest::{self, INPUTHASH, Manifest, Tarball, oci_architecture};
+use oscontainer_artifact::manifest::{self, INPUTHASH, Manifest, PACKAGES, Tarball, oci_architecture};
+use oscontainer_artifact::object::Package;
 use oscontainer_artifact::protocol::{Name, valid_ref};
 use oscontainer_artifact::tarball::{self, Kind};
 use oscontainer_program::exit::Usage;
@@ -17,13 +23,16 @@ use oscontainer_program::options::Global;
 use oscontainer_program::progress::Progress;
 use oscontainer_program::reject;
 use oscontainer_program::staging::{self, Staging};
+use oscontainer_program::stop;
 use ostree::{Repo, RepoMode, RepoPullFlags, gio};
 use serde::Serialize;
 
 use crate::compose::commit;
 
-/// Bytes read from an object at a time.
-const CHUNK: usize = 256 << 10;
+/// Bytes of the tarball that are written and hashed at a time.
+const BLOCK: usize = 1 << 20;
+/// After so many bytes the disk begins to write.
+const SYNC: u64 = 32 << 20;
 
 /// What `pack` takes.
 #[derive(Debug, Clone, Args)]
@@ -52,6 +61,20 @@ pub struct Naming {
     pub version: Option<String>,
 }
 
+impl Naming {
+    /// The name of an artifact of `ref_name`.
+    ///
+    /// # Errors
+    /// [`Usage`] when it is not a valid one.
+    pub fn name(&self, ref_name: &str) -> Result<Name> {
+        Ok(parse(self.name.clone().unwrap_or_else(|| ref_name.replace('/', "-")), "--name")?)
+    }
+}
+
+fn parse(text: String, option: &str) -> Result<Name, Usage> {
+    text.parse().map_err(|error| Usage(format!("{error}; give {option}")))
+}
+
 /// What `pack` made.
 #[derive(Debug, Clone, Serialize)]
 pub struct Packed {
@@ -69,6 +92,7 @@ pub struct Packed {
 /// Rejected when the ref is not there; else when the repository cannot be read or
 /// the output written.
 pub fn main(args: PackArgs, global: &Global) -> Result<()> {
+    stop::on_signals()?;
     global.print(&pack(&args.repo, &args.ref_name, &args.naming, &args.output)?)
 }
 
@@ -89,10 +113,9 @@ pub fn pack(repo: &Path, ref_name: &str, naming: &Naming, output: &Path) -> Resu
         reject!("{} has no ref {ref_name:?}: see `ostree refs --repo`", repo.display());
     };
     let facts = commit::describe(&opened, &checksum)?;
-    let name = naming.name.clone().unwrap_or_else(|| ref_name.replace('/', "-"));
+    let name = naming.name(ref_name)?;
     let version = naming.version.clone().or(facts.version).unwrap_or_else(|| checksum.clone());
-    let parse = |text: String, option: &str| text.parse::<Name>().map_err(|e| Usage(format!("{e}; give {option}")));
-    let (name, version) = (parse(name, "--name")?, parse(version, "--version")?);
+    let version = parse(version, "--version")?;
 
     let staging = Staging::beside(output, "pack")?;
     let archive;
@@ -106,8 +129,12 @@ pub fn pack(repo: &Path, ref_name: &str, naming: &Naming, output: &Path) -> Resu
     let objects = commit::reachable(&commit::open(source)?, &checksum)?;
     let tar = staging.path().join(manifest::TARBALL_FILE);
     let (size, digest) = write_tarball(source, ref_name, &checksum, objects, &tar)?;
-    let annotations = BTreeMap::from_iter(facts.input_hash.map(|hash| (INPUTHASH.to_owned(), hash)));
-    let manifest = Manifest {
+    let mut annotations = BTreeMap::from([(manifest::BUILDER.to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
+    annotations.extend(facts.input_hash.map(|hash| (INPUTHASH.to_owned(), hash)));
+    if !facts.packages.is_empty() {
+        annotations.insert(PACKAGES.to_owned(), package_names(&facts.packages));
+    }
+    let mut manifest = Manifest {
         schema_version: 1,
         media_type: manifest::MEDIA_TYPE.into(),
         name,
@@ -123,15 +150,28 @@ pub fn pack(repo: &Path, ref_name: &str, naming: &Naming, output: &Path) -> Resu
         },
         annotations,
     };
+    if manifest.to_bytes().len() as u64 > manifest::MAX_SIZE {
+        manifest.annotations.remove(PACKAGES);
+    }
     let bytes = manifest.to_bytes();
     let file = staging.path().join(manifest::FILE);
     File::create(&file).and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))?;
     fs::create_dir_all(output).with_context(|| format!("making {}", output.display()))?;
+    // An older artifact ends to be one before the first of its files changes.
+    staging::remove_if_there(&output.join(manifest::FILE))?;
     for (from, to) in [(tar, manifest::TARBALL_FILE), (file, manifest::FILE)] {
         fs::rename(from, output.join(to)).with_context(|| format!("writing {to} to {}", output.display()))?;
     }
     staging::sync_dir(output)?;
     Ok(Packed { manifest: output.join(manifest::FILE), digest: Digest::of(&bytes), size })
+}
+
+/// The packages as [`PACKAGES`] has them.
+fn package_names(packages: &[Package]) -> String {
+    let name = |package: &Package| format!("{}-{}.{}", package.name, package.evr(), package.architecture);
+    let mut names: Vec<String> = packages.iter().map(name).collect();
+    names.sort();
+    names.join(" ")
 }
 
 /// Pulls the commit into a new archive-mode repository, which compresses it.
@@ -145,8 +185,7 @@ fn convert(repo: &Path, ref_name: &str, archive: &Path) -> Result<Repo> {
     target.write_config(&config).context("configuring the temporary repository")?;
     target.reload_config(gio::Cancellable::NONE).context("configuring the temporary repository")?;
     let url = format!("file://{}", source.display());
-    target
-        .pull(&url, &[ref_name], RepoPullFlags::MIRROR, None, gio::Cancellable::NONE)
+    commit::long(|cancellable| target.pull(&url, &[ref_name], RepoPullFlags::MIRROR, None, cancellable))
         .with_context(|| format!("copying {ref_name} from {}", repo.display()))?;
     Ok(target)
 }
@@ -170,10 +209,32 @@ fn write_tarball(
     entries.sort();
 
     let file = File::create(target).with_context(|| format!("writing {}", target.display()))?;
-    let mut out = Hashing { inner: BufWriter::with_capacity(CHUNK, file), hasher: Hasher::new(), size: 0 };
+    // Reading and writing, hashing, and the disk each have their own pace.
+    let (hash, blocks) = sync_channel::<Arc<Vec<u8>>>(8);
+    let (sync, marks) = sync_channel::<()>(1);
+    thread::scope(|scope| {
+        let hasher = scope.spawn(|| {
+            let mut hasher = Hasher::new();
+            blocks.into_iter().for_each(|block| hasher.update(&block));
+            hasher.digest()
+        });
+        let disk = scope.spawn(|| marks.into_iter().try_for_each(|()| file.sync_data()));
+        let mut out = Output { file: &file, hash, sync, buffer: Vec::with_capacity(BLOCK), size: 0 };
+        let written = write_entries(&mut out, repo, commit, entries, &ref_path).and_then(|()| out.flush());
+        let size = out.size;
+        drop(out);
+        let digest = hasher.join().unwrap_or_else(|panic| resume_unwind(panic));
+        let synced = disk.join().unwrap_or_else(|panic| resume_unwind(panic));
+        written?;
+        synced.and_then(|()| file.sync_all()).context("syncing the tarball")?;
+        Ok((size, digest))
+    })
+}
+
+fn write_entries(out: &mut Output, repo: &Path, commit: &str, entries: Vec<String>, ref_path: &str) -> Result<()> {
     let progress = Progress::bytes("packing", None);
-    let mut buffer = vec![0; CHUNK];
     for path in entries {
+        stop::check()?;
         if tarball::DIRECTORIES.contains(&path.as_str()) {
             out.write_all(&tarball::header(&path, Kind::Directory))?;
         } else if path == "config" {
@@ -181,36 +242,27 @@ fn write_tarball(
         } else if path == ref_path {
             out.entry(&path, format!("{commit}\n").as_bytes())?;
         } else {
-            let mut object = File::open(repo.join(&path)).with_context(|| format!("opening {path}"))?;
+            let object = File::open(repo.join(&path)).with_context(|| format!("opening {path}"))?;
             let size = object.metadata()?.len();
             out.write_all(&tarball::header(&path, Kind::File(size)))?;
-            let mut left = size;
-            while left > 0 {
-                let count = object.read(&mut buffer).with_context(|| format!("reading {path}"))?;
-                if count as u64 > left || count == 0 {
-                    anyhow::bail!("{path} changed its size while it was read");
-                }
-                out.write_all(&buffer[..count])?;
-                left -= count as u64;
-            }
+            out.copy(&object, size).with_context(|| format!("reading {path}"))?;
             out.write_all(&[0; tarball::BLOCK][..tarball::padding(size)])?;
             progress.add(size);
         }
     }
-    out.write_all(&tarball::END)?;
-    let file = out.inner.into_inner().map_err(std::io::IntoInnerError::into_error).context("writing the tarball")?;
-    file.sync_all().context("syncing the tarball")?;
-    Ok((out.size, out.hasher.digest()))
+    out.write_all(&tarball::END)
 }
 
-/// Counts and hashes what is written.
-struct Hashing {
-    inner: BufWriter<File>,
-    hasher: Hasher,
+/// The tarball on its way to file and digest, in blocks.
+struct Output<'a> {
+    file: &'a File,
+    hash: SyncSender<Arc<Vec<u8>>>,
+    sync: SyncSender<()>,
+    buffer: Vec<u8>,
     size: u64,
 }
 
-impl Hashing {
+impl Output<'_> {
     fn entry(&mut self, path: &str, bytes: &[u8]) -> Result<()> {
         self.write_all(&tarball::header(path, Kind::File(bytes.len() as u64)))?;
         self.write_all(bytes)?;
@@ -218,8 +270,35 @@ impl Hashing {
     }
 
     fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hasher.update(bytes);
-        self.size += bytes.len() as u64;
-        self.inner.write_all(bytes).context("writing the tarball")
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() < BLOCK { Ok(()) } else { self.flush() }
+    }
+
+    /// Appends the `size` bytes of `object`.
+    fn copy(&mut self, object: &File, size: u64) -> Result<()> {
+        let mut left = size;
+        while left > 0 {
+            stop::check()?;
+            let count = object.take(left.min(BLOCK as u64)).read_to_end(&mut self.buffer)? as u64;
+            ensure!(count > 0, "it changed its size while it was read");
+            left -= count;
+            if self.buffer.len() >= BLOCK {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let block = Arc::new(replace(&mut self.buffer, Vec::with_capacity(2 * BLOCK)));
+        self.file.write_all(&block).context("writing the tarball")?;
+        let before = self.size;
+        self.size += block.len() as u64;
+        if before / SYNC != self.size / SYNC {
+            // While the disk is busy with what was before, this can wait.
+            let _ = self.sync.try_send(());
+        }
+        // The hasher lives as long as this.
+        self.hash.send(block).context("hashing the tarball")
     }
 }

@@ -1,26 +1,26 @@
-//! The Job's entry point: compose, pack, publish, and one line of JSON that says
-//! how it ended.
+//! The Job's entry point: compose, pack, publish, start the aggregation, and one line of
+//! JSON that says how it ended.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use oscontainer_program::client::ClientOptions;
-use oscontainer_program::exit;
-use oscontainer_program::exit::Usage;
+use oscontainer_program::exit::{self, Usage};
 use oscontainer_program::options::Global;
+use oscontainer_program::outcome;
 use oscontainer_program::staging::Staging;
+use oscontainer_program::stop;
 use reqwest::Url;
 use serde::Serialize;
 
+use crate::cluster::events::{EventOptions, Reporter};
+use crate::cluster::trigger::TriggerOptions;
 use crate::compose::{self, ComposeOptions};
+use crate::endpoint::size;
 use crate::pack::{self, Naming};
 use crate::publish::{self, Published};
-
-/// The largest result, in bytes: a pod's termination message is cut at 4 KiB,
-/// and all containers of a pod share 12.
-const MAX_RESULT: usize = 2 << 10;
+use crate::restore;
 
 /// What `run` takes.
 #[derive(Debug, Clone, Args)]
@@ -37,12 +37,26 @@ pub struct RunArgs {
     /// Write the result as one line of JSON, also after a failure (a pod's termination message)
     #[arg(long, value_name = "FILE", env = "OSCONTAINER_RESULT_FILE")]
     pub result_file: Option<PathBuf>,
+    /// Keep the last N commits of the ref in the repository
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..),
+        env = "OSCONTAINER_KEEP_COMMITS")]
+    pub keep_commits: u32,
+    /// Remove packages from the cache until it takes at most SIZE (bytes, or with KiB, MiB, GiB, TiB)
+    #[arg(long, value_name = "SIZE", value_parser = size, env = "OSCONTAINER_CACHE_SIZE")]
+    pub cache_size: Option<u64>,
+    /// Do not go on from the newest artifact at the endpoint where the repository has no commit of the ref
+    #[arg(long, env = "OSCONTAINER_FRESH")]
+    pub fresh: bool,
     #[command(flatten)]
     pub naming: Naming,
     #[command(flatten)]
     pub compose: ComposeOptions,
     #[command(flatten)]
     pub client: ClientOptions,
+    #[command(flatten)]
+    pub trigger: TriggerOptions,
+    #[command(flatten)]
+    pub events: EventOptions,
 }
 
 /// What `run` made.
@@ -54,61 +68,70 @@ struct Success {
     changed: bool,
 }
 
-/// How `run` failed.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Failure {
-    error: String,
-    exit_code: u8,
-}
-
 /// Runs the Job.
 ///
 /// # Errors
 /// As each stage's.
 pub fn main(args: RunArgs, global: &Global) -> Result<()> {
-    let result = run(&args);
+    stop::on_signals()?;
+    let mut reporter = Reporter::new(&args.events);
+    let result = run(&args, &mut reporter);
+    match &result {
+        Ok(Success { published, changed }) => {
+            let new = if *changed { "" } else { ", as before" };
+            let (digest, url) = (&published.manifest_digest, &published.manifest_url);
+            reporter.done("Published", &format!("{} is {digest}{new}: {url}", published.ref_name));
+        }
+        Err(error) => reporter.failed("Failed", &format!("exit code {}: {}", exit::code(error), exit::chain(error))),
+    }
     if let Some(file) = &args.result_file {
-        let line = match &result {
-            Ok(success) => serde_json::to_string(success)?,
-            Err(error) => failure(error)?,
-        };
-        fs::write(file, format!("{line}\n")).with_context(|| format!("writing --result-file {}", file.display()))?;
+        outcome::write(file, &result)?;
     }
     global.print(&result?)
 }
 
-fn run(args: &RunArgs) -> Result<Success> {
+fn run(args: &RunArgs, reporter: &mut Reporter) -> Result<Success> {
     if args.compose.dry_run {
         return Err(Usage("--dry-run is compose's: run publishes what it composes".into()).into());
     }
     let cache = compose::cache_dir(&args.compose)?;
+    compose::become_root(&cache)?;
     let repo = args.repo.clone().unwrap_or_else(|| cache.join("repo"));
-    let Some(commit) = compose::compose(&args.treefile, &repo, &args.compose)? else {
-        anyhow::bail!("the compose made no commit");
-    };
     let staging = Staging::new(&cache.join("work"), "artifact-")?;
+    if !args.fresh {
+        let ref_name = compose::ref_name(&args.treefile)?;
+        if compose::commit::Previous::find(&repo, &ref_name)?.is_none() {
+            let name = args.naming.name(&ref_name)?;
+            restore::restore((&args.endpoint, &args.client), &name, &ref_name, &repo, staging.path())?;
+        }
+    }
+    reporter.stage("Composing", &format!("composing {}", args.treefile.display()));
+    let commit = compose::compose(&args.treefile, &repo, &args.compose)?;
+    let previous = commit.report.as_ref().and_then(|report| report.previous.as_deref());
+    if let Some(previous) = previous.filter(|_| commit.changed) {
+        // Before anything else can fail: the next run does not know of it any more.
+        compose::commit::keep(&repo, &commit.ref_name, previous)?;
+    }
     let artifact = staging.path().join("artifact");
+    reporter.stage("Packing", &format!("packing {} as {}", commit.ref_name, commit.commit));
     pack::pack(&repo, &commit.ref_name, &args.naming, &artifact)?;
-    publish(&artifact, args)
-}
-
-fn publish(artifact: &Path, args: &RunArgs) -> Result<Success> {
-    let published = publish::publish(artifact, &args.endpoint, &args.client)?;
+    reporter.stage("Publishing", &format!("publishing to {}", args.endpoint));
+    let published = publish::publish(&artifact, &args.endpoint, &args.client)?;
+    // A try before this one may have published and gone no further.
+    if let Some(started) = args.trigger.start(&published).context("the artifact is published")? {
+        reporter.done("Triggered", &format!("started {started} for {}", published.manifest_digest));
+    }
+    let given_back = give_back(args, &repo, &cache, &commit.ref_name);
+    stop::check()?;
+    if let Err(error) = given_back {
+        // Such as another run that composes into the same repository.
+        tracing::warn!("the next run gives disk space back, this one cannot: {}", exit::chain(&error));
+    }
     Ok(Success { changed: published.changed, published })
 }
 
-/// The failure as JSON, its text cut so that the line fits.
-fn failure(error: &anyhow::Error) -> Result<String> {
-    let mut failure = Failure { error: exit::chain(error), exit_code: exit::code(error) };
-    loop {
-        let line = serde_json::to_string(&failure)?;
-        if line.len() < MAX_RESULT {
-            return Ok(line);
-        }
-        let excess = line.len() - MAX_RESULT + 1;
-        let keep = failure.error.len().saturating_sub(excess + '…'.len_utf8());
-        failure.error.truncate(failure.error.floor_char_boundary(keep));
-        failure.error.push('…');
-    }
+/// Removes old commits from the repository and old packages from the cache.
+fn give_back(args: &RunArgs, repo: &Path, cache: &Path, ref_name: &str) -> Result<()> {
+    compose::commit::prune(repo, ref_name, args.keep_commits as usize, args.repo.is_none())?;
+    args.cache_size.map_or(Ok(()), |size| compose::bound_cache(cache, size))
 }

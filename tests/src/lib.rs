@@ -2,19 +2,41 @@
 //! what they leave. The tests drive the binaries, never their modules.
 
 pub mod artifacts;
+pub mod authority;
+pub mod cluster;
+pub mod containers;
+pub mod endpoint;
 pub mod http;
+pub mod images;
+pub mod issuer;
+pub mod kubernetes;
+pub mod manifests;
+pub mod oci;
+pub mod proxy;
+pub mod registry;
 pub mod repo;
 pub mod rpms;
+pub mod store;
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit, setrlimit};
+
 /// A command that runs `oscontainer-builder`, with no environment of the caller's
 /// that could change what it does.
 pub fn builder() -> Command {
     binary("OSCONTAINER_BUILDER", "release/oscontainer-builder")
+}
+
+/// `compose` of `treefile` by the dnf engine, into `dir/repo`, with a cache in `dir`.
+pub fn compose(dir: &Path, treefile: &Path) -> Command {
+    let mut command = builder();
+    command.args(["compose", "--engine", "dnf", "--output-format", "json", "--cache-dir"]).arg(dir.join("cache"));
+    command.arg("--repo").arg(dir.join("repo")).arg(treefile);
+    command
 }
 
 /// A command that runs `oscontainer-aggregator`: the static one that ships.
@@ -86,6 +108,12 @@ pub fn run(command: &mut Command) -> Done {
 #[track_caller]
 pub fn ok(command: &mut Command) -> Done {
     let done = run(command);
+    succeeded(command, done)
+}
+
+/// Requires that `command` ended with 0; gives what it printed.
+#[track_caller]
+fn succeeded(command: &Command, done: Done) -> Done {
     assert!(done.code == 0, "{command:?} ended with {}\n{}\n{}", done.code, done.stdout, done.stderr);
     done
 }
@@ -147,6 +175,38 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The most memory that the process `id` has had, in KiB.
+pub fn peak_memory(id: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says it");
+    line.split_whitespace().next().and_then(|size| size.parse().ok()).expect("it is a number")
+}
+
+/// Lets this process have as many open files as it may.
+pub fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).expect("the soft limit may be the hard one");
+}
+
+/// Waits up to 30 s for something that is soon so.
+#[track_caller]
+pub fn wait_for(condition: impl FnMut() -> bool, what: &str) {
+    assert!(comes_true(condition), "waited 30 s for {what}");
+}
+
+/// Whether `condition` holds within 30 seconds.
+pub fn comes_true(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    true
 }
 
 /// An address on loopback that is free now.

@@ -10,16 +10,24 @@ pub struct OstreeRepo {
     /// Where it is.
     pub path: PathBuf,
     tree: PathBuf,
+    /// `KEY=VALUE` in GVariant's text form, for the metadata of commits.
+    metadata: Vec<String>,
 }
 
 impl OstreeRepo {
     /// An empty repository at `directory/name`.
     #[track_caller]
     pub fn new(directory: &Path, name: &str) -> Self {
-        let repo = Self { path: directory.join(name), tree: directory.join(format!("{name}.tree")) };
+        let tree = directory.join(format!("{name}.tree"));
+        let repo = Self { path: directory.join(name), tree, metadata: Vec::new() };
         fs::create_dir(&repo.path).expect("the test's directory can be written");
         ok(repo.ostree().args(["init", "--mode=archive"]));
         repo
+    }
+
+    /// The repository that lies at `path`; it is not committed to.
+    pub fn at(path: PathBuf) -> Self {
+        Self { tree: path.with_extension("tree"), path, metadata: Vec::new() }
     }
 
     /// Commits a small tree with `text` in one of its files to `ref_name`; gives the
@@ -39,8 +47,37 @@ impl OstreeRepo {
         let done = ok(self
             .ostree()
             .args(["commit", &branch, "--subject=a <small> tree", "--timestamp=@1700000000"])
-            .args(["--owner-uid=0", "--owner-gid=0", "--no-xattrs", "--add-metadata-string=version=1.<2>", &tree]));
+            .args(["--owner-uid=0", "--owner-gid=0", "--no-xattrs", "--add-metadata-string=version=1.<2>", &tree])
+            .args(self.metadata.iter().map(|pair| format!("--add-metadata={pair}"))));
         done.stdout.trim().to_owned()
+    }
+
+    /// The next commits have this in their metadata: `KEY=VALUE`, the value in GVariant's text form.
+    pub fn add_metadata(&mut self, pair: &str) {
+        self.metadata.push(pair.to_owned());
+    }
+
+    /// The next commits have none of it any more.
+    pub fn clear_metadata(&mut self) {
+        self.metadata.clear();
+    }
+
+    /// Puts `size` bytes that do not deflate, chosen by `seed`, into the tree of the next commits.
+    #[track_caller]
+    pub fn put_noise(&self, name: &str, size: usize, seed: u64) {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let noise: Vec<u8> = std::iter::repeat_with(|| {
+            // xorshift64 (Marsaglia, 2003).
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .take(size)
+        .collect();
+        let lib = self.tree.join("usr/lib");
+        fs::create_dir_all(&lib).expect("the tree can be made");
+        fs::write(lib.join(name), noise).expect("the tree can be written");
     }
 
     /// `ostree` on this repository.

@@ -1,13 +1,15 @@
 //! `compose`, `pack` and `run` with the dnf engine on real RPMs, and with the
 //! rpm-ostree engine on a stand-in.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use e2e::{Server, aggregator, builder, fails, ok, rpms, source_dir, tool};
+use e2e::containers::USER;
+use e2e::{Server, aggregator, builder, compose, fails, ok, rpms, run, source_dir, tool};
 use tempfile::TempDir;
 
 /// A treefile directory: the demo's treefile with lines added, and its `.repo` files.
@@ -29,13 +31,6 @@ fn small(dir: &Path, text: &str) -> PathBuf {
     path
 }
 
-fn compose(dir: &Path, treefile: &Path) -> Command {
-    let mut command = builder();
-    command.args(["compose", "--engine", "dnf", "--output-format", "json", "--cache-dir"]).arg(dir.join("cache"));
-    command.arg("--repo").arg(dir.join("repo")).arg(treefile);
-    command
-}
-
 /// One whole compose of the demo, shared by the tests that only look at it.
 struct Composed {
     dir: TempDir,
@@ -45,9 +40,27 @@ struct Composed {
 static DEMO: LazyLock<Composed> = LazyLock::new(|| {
     let dir = tempfile::tempdir().unwrap();
     let treefile = treefile(&dir.path().join("treefiles"), "");
-    let result = ok(&mut compose(dir.path(), &treefile)).json();
+    let done = ok(&mut compose(dir.path(), &treefile));
+    let result = done.json();
     assert_eq!(result["ref"], "demo/x86_64/host");
     assert_eq!(result["version"], "1");
+    // What it says of itself: for machines, and for people at the end of the log.
+    let stages = result["stages"].as_array().unwrap();
+    let names: Vec<&str> = stages.iter().map(|stage| stage["name"].as_str().unwrap()).collect();
+    let expected =
+        ["downloading packages", "installing packages", "customizing the tree", "arranging the tree", "committing"];
+    assert_eq!(names, expected);
+    assert!(stages.iter().all(|stage| stage["seconds"].as_f64().unwrap() >= 0.0), "{stages:?}");
+    let table: Vec<&str> = done.stderr.lines().rev().take(5).collect();
+    assert!(
+        table.iter().rev().zip(expected).all(|(line, name)| line.contains(name) && line.ends_with(" s")),
+        "{table:?}"
+    );
+    assert!(result["newObjects"].as_u64().unwrap() > 1000 && result["newBytes"].as_u64().unwrap() > 1 << 20);
+    assert_eq!((&result["previous"], &result["changed"]), (&serde_json::Value::Null, &true.into()));
+    let packages = result["packages"].as_array().unwrap();
+    assert_eq!(result["added"].as_array().unwrap().len(), packages.len());
+    assert!(packages.iter().all(|package| package["bytes"].is_u64() && package["evr"].is_string()), "{packages:?}");
     Composed { commit: result["commit"].as_str().unwrap().to_owned(), dir }
 });
 
@@ -118,26 +131,143 @@ fn the_commit_says_what_is_in_it() {
     assert!(show("ostree.source-title").contains("demo"));
 }
 
+/// On a difference, says which paths differ, and how: owners, mode, attributes, content.
+#[track_caller]
+fn assert_same_commit(one: &Path, first: &str, other: &Path, second: &str) {
+    if first == second {
+        return;
+    }
+    let list = |repo: &Path, commit: &str| -> BTreeMap<String, String> {
+        let listed = ok(tool("ostree").args(["ls", "-R", "-C", "-X", "--repo"]).arg(repo).args([commit, "/"])).stdout;
+        let entry = |line: &str| Some((line[line.find(" /")? + 1..].to_owned(), line.to_owned()));
+        listed.lines().filter_map(entry).collect()
+    };
+    let content = |repo: &Path, commit: &str, path: &str| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut cat = tool("ostree");
+        cat.args(["cat", "--repo"]).arg(repo).args([commit, path]).stdout(file.reopen().unwrap()).status().unwrap();
+        file
+    };
+    let (before, after) = (list(one, first), list(other, second));
+    let mut text = String::new();
+    let paths: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    for path in paths {
+        let lines = [before.get(path), after.get(path)].map(|line| line.map_or("(not there)", String::as_str));
+        // A directory is another when something in it is: its first checksum.
+        let own = |line: &str| {
+            line.split_whitespace()
+                .enumerate()
+                .filter(|(at, _)| *at != 4)
+                .map(|(_, part)| part.to_owned())
+                .collect::<Vec<_>>()
+        };
+        if lines[0] == lines[1] || (lines.iter().all(|line| line.starts_with('d')) && own(lines[0]) == own(lines[1])) {
+            continue;
+        }
+        text += &format!("- {}\n+ {}\n", lines[0], lines[1]);
+        if lines.iter().all(|line| line.starts_with('-')) {
+            let [one, other] = [content(one, first, path), content(other, second, path)];
+            let diff = run(tool("diff").arg("-U0").args([one.path(), other.path()])).stdout;
+            text.extend(diff.lines().skip(2).take(10).map(|line| format!("    {line}\n")));
+        }
+    }
+    let show =
+        |repo: &Path, commit: &str| ok(tool("ostree").args(["show", "--raw", "--repo"]).arg(repo).arg(commit)).stdout;
+    let metadata = if text.is_empty() { format!("- {}\n+ {}", show(one, first), show(other, second)) } else { text };
+    panic!("the commits differ in:\n{metadata}");
+}
+
+#[test]
+fn a_difference_is_told_with_its_path_and_kind() {
+    let dir = tempfile::tempdir().unwrap();
+    let (repo, tree) = (dir.path().join("repo"), dir.path().join("tree"));
+    ok(tool("ostree").args(["init", "--mode=archive", "--repo"]).arg(&repo));
+    fs::create_dir_all(tree.join("same")).unwrap();
+    fs::write(tree.join("same/content"), "one\n").unwrap();
+    fs::write(tree.join("mode"), "").unwrap();
+    fs::write(tree.join("gone"), "").unwrap();
+    let commit = || {
+        let mut command = tool("ostree");
+        command.arg("commit").args(["--orphan", "--timestamp=@1"]).arg(format!("--repo={}", repo.display()));
+        ok(command.arg(&tree)).stdout.trim().to_owned()
+    };
+    let first = commit();
+    fs::write(tree.join("same/content"), "two\n").unwrap();
+    fs::set_permissions(tree.join("mode"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    fs::remove_file(tree.join("gone")).unwrap();
+    let second = commit();
+    let told = std::panic::catch_unwind(|| assert_same_commit(&repo, &first, &repo, &second)).unwrap_err();
+    let told = told.downcast_ref::<String>().unwrap();
+    for part in ["-00600 ", "-00644 ", " /mode\n", "    -one\n    +two\n", "+ (not there)\n"] {
+        assert!(told.contains(part), "{part:?}: {told}");
+    }
+    assert!(!told.lines().any(|line| line.ends_with(" /same") || line.ends_with(" /")), "{told}");
+}
+
 #[test]
 fn two_composes_give_the_same_tarball() {
     let first = &*DEMO;
     std::thread::sleep(Duration::from_secs(1));
-    let second = tempfile::tempdir().unwrap();
+    // Not below /tmp, which is emptied in the tree.
+    let second = tempfile::tempdir_in(e2e::target_dir()).unwrap();
     let result = ok(&mut compose(second.path(), &treefile(&second.path().join("elsewhere"), ""))).json();
     let repo = second.path().join("repo");
-    if result["commit"] != first.commit {
-        ok(tool("ostree")
-            .args(["pull-local", "--repo"])
-            .arg(&repo)
-            .arg(first.dir.path().join("repo"))
-            .arg(&first.commit));
-        let diff = ok(tool("ostree").args(["diff", "--repo"]).arg(&repo).arg(&first.commit).arg("demo/x86_64/host"));
-        panic!("the commits differ in:\n{}", diff.stdout);
-    }
+    assert_same_commit(&first.dir.path().join("repo"), &first.commit, &repo, result["commit"].as_str().unwrap());
     let one = pack(&first.dir.path().join("repo"), &second.path().join("one"));
     let two = pack(&repo, &second.path().join("two"));
     assert_eq!(one["digest"], two["digest"]);
     ok(tool("cmp").arg(second.path().join("one/repo.tar")).arg(second.path().join("two/repo.tar")));
+}
+
+#[test]
+fn a_tree_with_a_kernel_is_the_same_on_one_core_and_deploys() {
+    let dir = tempfile::tempdir_in(e2e::target_dir()).unwrap();
+    let treefile = treefile(&dir.path().join("treefiles"), "");
+    ok(tool("cp").arg("-rT").arg(source_dir().join("tests/boot")).arg(treefile.parent().unwrap()));
+    rpms::write_repo_file(&treefile.with_file_name("demo.repo"), "demo", &rpms::host_repo()).unwrap();
+    let treefile = treefile.with_file_name("host.yaml");
+    let first = ok(&mut compose(dir.path(), &treefile)).json();
+    let commit = first["commit"].as_str().unwrap();
+
+    let alone = dir.path().join("alone");
+    let on_all_cores = compose(&alone, &treefile);
+    let mut on_one_core = tool("taskset");
+    on_one_core.args(["--cpu-list", "0"]).arg(on_all_cores.get_program()).args(on_all_cores.get_args());
+    let second = ok(&mut on_one_core).json();
+    assert_same_commit(&dir.path().join("repo"), commit, &alone.join("repo"), second["commit"].as_str().unwrap());
+
+    // Nor does it depend on what the repository has already: accounts are kept, shadows too.
+    let again = ok(compose(dir.path(), &treefile).args(["--force-nocache", "--version-string", "1"])).json();
+    assert_same_commit(&dir.path().join("repo"), commit, &dir.path().join("repo"), again["commit"].as_str().unwrap());
+
+    let repo = format!("--repo={}", dir.path().join("repo").display());
+    let ostree = |arguments: &[&str]| ok(tool("ostree").arg(&repo).args(arguments)).stdout;
+    let kernel = ostree(&["show", "--print-metadata-key=ostree.linux", commit]);
+    let modules = format!("/usr/lib/modules/{}", kernel.trim().trim_matches('\''));
+    let listed = ostree(&["ls", commit, &modules]);
+    for file in ["vmlinuz", "initramfs.img", "modules.dep.bin"] {
+        assert!(listed.contains(&format!("{modules}/{file}")), "{listed}");
+    }
+    assert!(ostree(&["show", "--print-metadata-key=ostree.bootable", commit]).contains("true"));
+
+    // As a node does it; the bootloader's entry names what came with the commit.
+    let sysroot = dir.path().join("sysroot");
+    fs::create_dir(&sysroot).unwrap();
+    let admin = |arguments: &[&str]| {
+        ok(tool("ostree").arg("admin").args(arguments).arg(format!("--sysroot={}", sysroot.display())))
+    };
+    ok(tool("ostree").args(["admin", "init-fs", "--modern"]).arg(&sysroot));
+    admin(&["os-init", "host"]);
+    let node = format!("--repo={}", sysroot.join("ostree/repo").display());
+    ok(tool("ostree").args([&node, "pull-local"]).arg(dir.path().join("repo")).arg(commit));
+    admin(&["deploy", "--os=host", commit]);
+    let entry = fs::read_to_string(sysroot.join("boot/loader/entries/ostree-1-host.conf")).unwrap();
+    let path = |key: &str| {
+        let line = entry.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_else(|| panic!("{key}: {entry}"));
+        sysroot.join("boot").join(line.trim().trim_start_matches('/'))
+    };
+    assert!(path("linux ").is_file() && path("initrd ").is_file() && entry.contains("version 1"), "{entry}");
+    ok(tool("chattr").arg("-i").arg(sysroot.join(format!("ostree/deploy/host/deploy/{commit}.0"))));
 }
 
 #[test]
@@ -215,7 +345,7 @@ fn bad_input_is_one_error_and_no_ref() {
             "postprocess script 1",
         ),
         ("repos: [demo]\npackages: [filesystem, setup]\nunits: [none.service]\n", "none.service"),
-        ("repos: [demo]\npackages: [filesystem]\nremove-from-packages: [[filesystem, /etc]]\n", "remove-from-packages"),
+        ("repos: [demo]\npackages: [filesystem]\nostree-layers: [other]\n", "ostree-layers"),
     ];
     for (text, reason) in cases {
         fails(&mut compose(dir.path(), &small(dir.path(), text)), 3, reason);
@@ -248,6 +378,103 @@ fn a_killed_compose_leaves_no_ref_and_the_next_one_works() {
     ok(tool("ostree").args(["fsck", "--repo"]).arg(dir.path().join("repo")));
     assert_eq!(commit.len(), 64);
     assert_eq!(fs::read_dir(dir.path().join("cache/work")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_killed_pack_leaves_a_whole_artifact_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let repo = DEMO.dir.path().join("repo");
+    let whole = pack(&repo, &dir.path().join("whole"));
+    let output = dir.path().join("artifact");
+    for milliseconds in [1, 5, 10, 20, 30, 45, 60, 80, 100, 150] {
+        let mut command = builder();
+        command.args(["pack", "--ref", "demo/x86_64/host", "--repo"]).arg(&repo).arg("--output").arg(&output);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if output.join("manifest.json").exists() {
+            ok(tool("diff").arg("-r").arg(&output).arg(dir.path().join("whole")));
+            fs::remove_dir_all(&output).unwrap();
+        }
+    }
+    assert_eq!(pack(&repo, &output)["digest"], whole["digest"]);
+    ok(tool("diff").arg("-r").arg(&output).arg(dir.path().join("whole")));
+}
+
+#[test]
+fn an_archive_repository_gets_the_objects_that_libostree_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let packages =
+        "repos: [demo]\npackages: [filesystem, setup, bash, coreutils, iputils-ping, libc-bin, demo-agent]\n";
+    let treefile = small(dir.path(), packages);
+    let compose_into = |mode: &str| {
+        let repo = dir.path().join(mode);
+        ok(tool("ostree").arg("init").arg(format!("--mode={mode}")).arg(format!("--repo={}", repo.display())));
+        let mut command = builder();
+        command.args(["compose", "--engine", "dnf", "--output-format", "json", "--cache-dir"]);
+        command.arg(dir.path().join("cache")).arg("--repo").arg(&repo).arg(&treefile);
+        (ok(&mut command).json()["commit"].as_str().unwrap().to_owned(), repo)
+    };
+    // Into any other mode, libostree itself writes.
+    let (libostrees, bare_user) = compose_into("bare-user");
+    let (ours, archive) = compose_into("archive");
+    ok(tool("ostree").arg("fsck").arg(format!("--repo={}", archive.display())));
+    assert_same_commit(&bare_user, &libostrees, &archive, &ours);
+}
+
+#[test]
+fn what_did_not_change_is_not_composed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let treefile = small(dir.path(), "repos: [demo]\npackages: [filesystem, setup]\nautomatic-version-prefix: '4'\n");
+    let composed = |options: &[&str]| {
+        let result = ok(compose(dir.path(), &treefile).args(options)).json();
+        (result["commit"].as_str().unwrap().to_owned(), result["version"].to_string(), result["changed"] == true)
+    };
+    let first = composed(&[]);
+    assert_eq!((first.1.as_str(), first.2), ("\"4\"", true));
+    assert_eq!(composed(&[]), (first.0.clone(), "\"4\"".to_owned(), false));
+    assert_eq!(composed(&["--version-string", "4"]), (first.0.clone(), "\"4\"".to_owned(), false));
+    // Each of these asks for another commit.
+    let version = composed(&["--version-string", "5"]);
+    assert_eq!((version.1.as_str(), version.2), ("\"5\"", true));
+    let parent = composed(&["--version-string", "5", "--parent", &first.0]);
+    assert!(parent.2 && parent.0 != version.0);
+    let forced = composed(&["--force-nocache"]);
+    // The one before was 5, which the prefix does not continue.
+    assert_eq!((forced.1.as_str(), forced.2), ("\"4\"", true));
+    fs::write(&treefile, fs::read_to_string(&treefile).unwrap() + "postprocess: ['#!/bin/true']\n").unwrap();
+    let other = run(&mut compose(dir.path(), &treefile));
+    assert!(other.code == 3, "the tree has no /bin/true: {other:?}");
+}
+
+#[test]
+fn an_ordinary_user_composes_the_same_commit_also_where_proc_is_masked() {
+    let dir = tempfile::tempdir_in(e2e::target_dir()).unwrap();
+    let treefile = treefile(&dir.path().join("treefiles"), "");
+    ok(tool("chown").arg("-R").arg(format!("{USER}:")).arg(dir.path()));
+    let compose = |repo: &str, before: &[&str]| {
+        let mut command = tool("setpriv");
+        command.args(["--reuid", USER, "--regid", USER, "--init-groups", "--reset-env"]).args(before);
+        command.arg(builder().get_program()).args(["compose", "--engine", "dnf", "--output-format", "json", "--repo"]);
+        command.arg(dir.path().join(repo)).arg("--cache-dir").arg(dir.path().join("cache")).arg(&treefile);
+        ok(&mut command)
+    };
+    let done = compose("repo", &[]);
+    assert!(done.stderr.contains("/proc of their own"), "{}", done.stderr);
+    assert_eq!(done.json()["commit"], DEMO.commit.as_str());
+
+    // As in a container whose runtime masks paths: mounts that a new namespace cannot undo.
+    let mask = r#"mount --bind /dev/null /proc/uptime
+        unshare --user --mount sh -c 'for _ in $(seq 50); do grep -q . /proc/self/gid_map && break; sleep 0.1; done; exec "$@"' sh "$@" &
+        for map in uid_map gid_map; do
+            for _ in $(seq 50); do printf '0 0 1\n1 1 65535\n' 2>/dev/null >/proc/$!/$map && break; sleep 0.1; done
+        done
+        wait $!"#;
+    let masked = ["unshare", "--user", "--map-root-user", "--map-auto", "--mount", "sh", "-ec", mask, "sh"];
+    let done = compose("masked", &masked);
+    assert!(done.stderr.contains("/proc, read-only"), "{}", done.stderr);
+    assert_eq!(done.json()["commit"], DEMO.commit.as_str());
 }
 
 #[test]
@@ -298,9 +525,14 @@ done
 grep -q unchanged "$treefile" && { echo "No apparent changes since previous commit; use --force-nocache to override"; exit 0; }
 grep -q broken "$treefile" && { echo "error: Packages not found: broken" >&2; exit 1; }
 grep -q offline "$treefile" && { echo "error: cannot update repo 'x': Curl error (6): Could not resolve host" >&2; exit 1; }
+ls "${treefile%/*}" >> "$LOG"
 tree=$(mktemp -d); trap 'rm -rf "$tree"' EXIT
 mkdir -p "$tree/usr/bin"; echo hi > "$tree/usr/bin/hi"
 ostree commit --repo="$repo" --orphan --tree=dir="$tree" "${metadata[@]}" "${parent[@]}" > "$id"
+if grep -q pruned "$treefile"; then
+  ostree config --repo="$repo" set core.lock-timeout-secs 1
+  ! ostree prune --repo="$repo" --refs-only || { echo "error: a commit without a ref could be pruned" >&2; exit 1; }
+fi
 "#;
 
 #[test]
@@ -322,6 +554,8 @@ fn the_rpm_ostree_engine_drives_a_strict_stand_in() {
         command.arg("--repo").arg(dir.path().join("repo")).args(options).arg(&treefile);
         command
     };
+    ok(&mut compose("a", &["--dry-run"]));
+    assert!(fs::read_to_string(&log).unwrap().contains("--dry-run") && !dir.path().join("repo").exists());
     let id = dir.path().join("id");
     let first = ok(&mut compose("a", &["--version-string", "9", "--write-commitid-to", id.to_str().unwrap()])).json();
     assert_eq!((&first["version"], &first["ref"]), (&"9".into(), &"test/host".into()));
@@ -335,6 +569,20 @@ fn the_rpm_ostree_engine_drives_a_strict_stand_in() {
         ok(&mut compose("b", &["--engine", "rpm-ostree", "--parent", head.trim(), "--lockfile", "l.json"])).json();
     assert_ne!(child["commit"], first["commit"]);
     assert!(fs::read_to_string(&log).unwrap().contains(&format!("--parent {} --ex-lockfile l.json", head.trim())));
+    // Until the ref is set, nobody else can remove the commit.
+    let kept = ok(&mut compose("pruned", &["--version-string", "10"])).json();
+    ok(tool("ostree").args(["prune", "--refs-only", "--repo"]).arg(dir.path().join("repo")));
+    ok(tool("ostree").args(["show", kept["commit"].as_str().unwrap(), "--repo"]).arg(dir.path().join("repo")));
+    // It reads only what is beside the treefile.
+    fs::create_dir(dir.path().join("repos")).unwrap();
+    fs::write(dir.path().join("repos/x.repo"), "[x]\nbaseurl=http://127.0.0.1:1/\n").unwrap();
+    ok(&mut compose("c", &["--repos-dir", dir.path().join("repos").to_str().unwrap()]));
+    assert!(fs::read_to_string(&log).unwrap().contains("\nrepos-dir-x.repo\n"));
     fails(&mut compose("broken", &[]), 3, "rpm-ostree ended with");
+    let mut without = compose("a", &["--engine", "rpm-ostree"]);
+    without.env("PATH", std::env::var("PATH").unwrap());
+    if run(tool("sh").args(["-c", "command -v rpm-ostree"])).code != 0 {
+        fails(&mut without, 2, "rpm-ostree is not in the PATH");
+    }
     fails(&mut compose("offline", &[]), 1, "rpm-ostree ended with");
 }

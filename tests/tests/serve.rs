@@ -97,6 +97,128 @@ fn ostree_pulls_what_the_page_says() {
 }
 
 #[test]
+fn the_page_tells_packages_and_what_changed() {
+    let dir = TempDir::new().unwrap();
+    let mut repo = OstreeRepo::new(dir.path(), "repo");
+    let list = |packages: &str| format!("rpmostree.rpmdb.pkglist=@a(sssss) [{packages}]");
+    repo.add_metadata(&list(
+        "('bash', '0', '5', '1', 'x'), ('gone', '0', '1', '1', 'x'), ('same', '1', '2', '3', 'x')",
+    ));
+    let before = repo.commit(REF, "one");
+    ok(aggregator().arg("image").arg("--repo").arg(&repo.path).arg("--output").arg(layout(dir.path(), "a")));
+    repo.clear_metadata();
+    repo.add_metadata(&list(
+        "('bash', '0', '5', '2', 'x'), ('<new>', '0', '1', '1', 'x'), ('same', '1', '2', '3', 'x')",
+    ));
+    // Its parent is not known: the log of layers tells what was before.
+    ok(repo.ostree().args(["refs", "--delete", REF]));
+    repo.commit(REF, "two");
+    let mut next = aggregator();
+    next.arg("image").arg("--repo").arg(&repo.path).arg("--output").arg(layout(dir.path(), "b"));
+    ok(next.arg("--previous").arg(layout(dir.path(), "a")));
+    let root = dir.path().join("root");
+    ok(tool("umoci").args(["unpack", "--image", &layout(dir.path(), "b")[4..]]).arg(&root));
+    let image = root.join("rootfs");
+    let server = Server::start(
+        aggregator()
+            .args(["serve", "--layer-index"])
+            .arg(image.join("usr/share/oscontainer/layers"))
+            .arg("--repo")
+            .arg(image.join("srv/repo")),
+    );
+    let page = ask(&server, "/", &[]).body;
+    for row in [
+        "<td>bash</td><td>5-1</td><td>5-2</td>",
+        "<td>gone</td><td>1-1</td><td>removed</td>",
+        "<td>&lt;new&gt;</td><td>added</td><td>1-1</td>",
+        "<td>same</td><td>1:2-3</td><td>x</td>",
+        &format!("rpm-ostree deploy {before}"),
+    ] {
+        assert!(page.contains(row), "{row:?} is not in {page}");
+    }
+    assert_eq!(page.matches("<td>same</td>").count(), 1, "{page}");
+}
+
+fn layout(dir: &Path, name: &str) -> String {
+    format!("oci:{}:x", dir.join(name).display())
+}
+
+#[test]
+fn a_client_with_a_cached_signed_summary_sees_the_update() {
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    let home = dir.path().join("gnupg");
+    fs::create_dir(&home).unwrap();
+    ok(tool("chmod").arg("700").arg(&home));
+    let gpg = || {
+        let mut command = tool("gpg");
+        command.arg("--homedir").arg(&home).args(["--batch", "--quiet", "--passphrase", ""]);
+        command
+    };
+    ok(gpg().args(["--quick-gen-key", "test@example", "ed25519", "sign", "never"]));
+    let key = dir.path().join("key");
+    ok(gpg().arg("--output").arg(&key).args(["--export", "test@example"]));
+    let publish = |text: &str| {
+        let commit = repo.commit(REF, text);
+        let homedir = format!("--gpg-homedir={}", home.display());
+        ok(repo.ostree().args(["summary", "-u", "--gpg-sign=test@example", &homedir]));
+        // As in an image: every file time is 0.
+        ok(tool("touch").arg("-d").arg("@0").args(["summary", "summary.sig"].map(|file| repo.path.join(file))));
+        commit
+    };
+    publish("one");
+    let server = serve(&repo.path);
+    let mirror = OstreeRepo::new(dir.path(), "mirror");
+    let import = format!("--gpg-import={}", key.display());
+    let settings = ["remote", "add", "--set=gpg-verify=false", "--set=gpg-verify-summary=true"];
+    ok(mirror.ostree().args(settings).args([&import, "r", &server.url()]));
+    let pull = || {
+        ok(mirror.ostree().args(["pull", "--mirror", "r"]));
+        ok(mirror.ostree().args(["rev-parse", REF])).stdout.trim().to_owned()
+    };
+    pull();
+    assert!(mirror.path.join("tmp/cache/summaries/r.sig").exists());
+    pull();
+    let cached = "oscontainer_http_requests_total{method=\"GET\",status=\"304\"}";
+    assert!(ask(&server, "/metrics", &[]).body.contains(cached), "the cache was asked for");
+    let next = publish("two");
+    assert_eq!(pull(), next);
+    ok(tool("gpgconf").arg("--homedir").arg(&home).args(["--kill", "all"]));
+}
+
+#[test]
+fn it_also_listens_on_a_unix_socket() {
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    let commit = repo.commit(REF, "one");
+    let socket = dir.path().join("socket");
+    let start =
+        || Server::start(aggregator().arg("serve").arg("--repo").arg(&repo.path).arg("--also-listen").arg(&socket));
+    let through = |path: &str| {
+        ok(tool("curl").arg("-sS").arg("--unix-socket").arg(&socket).arg(format!("http://x{path}"))).stdout
+    };
+    let mut server = start();
+    assert_eq!(through(&format!("/refs/heads/{REF}")).trim(), commit);
+    assert_eq!(ask(&server, "/healthz", &[]).body, "ok\n");
+    let mut second = aggregator();
+    second.args(["serve", "--listen", "127.0.0.1:0", "--repo"]).arg(&repo.path).arg("--also-listen").arg(&socket);
+    fails(&mut second, 1, "listening on");
+    // A killed one leaves its socket, which is in nobody's way.
+    ok(tool("kill").args(["-KILL", &server.child().id().to_string()]));
+    server.child().wait().unwrap();
+    assert!(socket.exists());
+    let mut server = start();
+    assert_eq!(through("/healthz"), "ok\n");
+    ok(tool("kill").args(["-TERM", &server.child().id().to_string()]));
+    assert!(server.child().wait().unwrap().success());
+    assert!(!socket.exists());
+    // What is no socket stays.
+    fs::write(&socket, "mine").unwrap();
+    fails(&mut second, 1, "listening on");
+    assert_eq!(fs::read_to_string(&socket).unwrap(), "mine");
+}
+
+#[test]
 fn validators_come_from_content() {
     let dir = TempDir::new().unwrap();
     let repo = OstreeRepo::new(dir.path(), "repo");

@@ -5,16 +5,17 @@ use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 use oci_spec::image::{
-    ANNOTATION_CREATED, ANNOTATION_DESCRIPTION, ANNOTATION_REVISION, ANNOTATION_TITLE, ANNOTATION_VERSION,
-    ConfigBuilder, Descriptor, HistoryBuilder, ImageConfiguration, ImageConfigurationBuilder, ImageManifest,
-    ImageManifestBuilder, MediaType, Os, PlatformBuilder, RootFsBuilder,
+    ANNOTATION_BASE_IMAGE_DIGEST, ANNOTATION_CREATED, ANNOTATION_DESCRIPTION, ANNOTATION_REVISION, ANNOTATION_TITLE,
+    ANNOTATION_VERSION, ConfigBuilder, Descriptor, HistoryBuilder, ImageConfiguration, ImageConfigurationBuilder,
+    ImageIndex, ImageIndexBuilder, ImageManifest, ImageManifestBuilder, MediaType, Os, PlatformBuilder, RootFsBuilder,
 };
 use oscontainer_artifact::digest::Digest;
+use oscontainer_program::exit::Usage;
 use serde::Serialize;
 
+use super::facts::Commit;
 use super::index::REPO;
 use super::layer::Layer;
-use super::source::Commit;
 
 /// The server in the image.
 pub const SERVER: &str = "usr/bin/oscontainer-aggregator";
@@ -36,12 +37,17 @@ pub fn bytes(document: &impl Serialize) -> Result<Vec<u8>> {
     Ok(serde_json::to_vec(&value)?)
 }
 
-/// The image's config. The options are in the environment, so that a pod can set
+/// The image's config; `base` is the image whose layers it goes on with. The options are in the environment, so that a pod can set
 /// them otherwise.
 ///
 /// # Errors
 /// None that can happen: every required field is given.
-pub fn config(commit: &Commit, architecture: &str, layers: &[Layer]) -> Result<ImageConfiguration> {
+pub fn config(
+    commit: &Commit,
+    base: Option<&Digest>,
+    architecture: &str,
+    layers: &[Layer],
+) -> Result<ImageConfiguration> {
     let history = (0..layers.len()).map(|layer| {
         HistoryBuilder::default()
             .created(commit.created.clone())
@@ -54,7 +60,7 @@ pub fn config(commit: &Commit, architecture: &str, layers: &[Layer]) -> Result<I
         .env(["PATH=/usr/bin".to_owned(), format!("OSCONTAINER_REPO=/{REPO}"), format!("OSCONTAINER_LISTEN={LISTEN}")])
         .entrypoint([format!("/{SERVER}"), "serve".to_owned()])
         .working_dir("/")
-        .labels(labels(commit))
+        .labels(labels(commit, base))
         .build()?;
     let root = RootFsBuilder::default()
         .typ("layers")
@@ -74,14 +80,14 @@ pub fn config(commit: &Commit, architecture: &str, layers: &[Layer]) -> Result<I
 ///
 /// # Errors
 /// None that can happen: every required field is given.
-pub fn manifest(commit: &Commit, config: Descriptor, layers: &[Layer]) -> Result<ImageManifest> {
+pub fn manifest(commit: &Commit, base: Option<&Digest>, config: Descriptor, layers: &[Layer]) -> Result<ImageManifest> {
     let layers = layers.iter().map(|layer| descriptor(MediaType::ImageLayerGzip, layer.size, layer.digest));
     Ok(ImageManifestBuilder::default()
         .schema_version(2u32)
         .media_type(MediaType::ImageManifest)
         .config(config)
         .layers(layers.collect::<Result<Vec<_>>>()?)
-        .annotations(labels(commit))
+        .annotations(labels(commit, base))
         .build()?)
 }
 
@@ -103,7 +109,40 @@ pub fn platform(mut manifest: Descriptor, architecture: &str) -> Result<Descript
     Ok(manifest)
 }
 
-fn labels(commit: &Commit) -> HashMap<String, String> {
+/// The image index `current`, with `manifest` in it: in place of the one for the same machine, if there is
+/// one. `manifest` has its platform.
+///
+/// # Errors
+/// [`Usage`] when `current` is no image index.
+pub fn add_to_index(current: Option<&[u8]>, manifest: Descriptor) -> Result<Vec<u8>> {
+    let mut manifests = match current.map(serde_json::from_slice::<ImageIndex>) {
+        None => Vec::new(),
+        Some(Ok(index)) => index.manifests().clone(),
+        Some(Err(_)) => {
+            return Err(Usage("there is an image for one machine under that name: name another tag".into()).into());
+        }
+    };
+    manifests.retain(|other| other.platform() != manifest.platform());
+    manifests.push(manifest);
+    // Whoever comes first, the index is the same.
+    let machine = |manifest: &Descriptor| manifest.platform().as_ref().map(|p| p.architecture().to_string());
+    manifests.sort_by_key(|manifest| (machine(manifest), manifest.digest().to_string()));
+    bytes(&index(manifests)?)
+}
+
+/// An image index of `manifests`.
+///
+/// # Errors
+/// None that can happen: every required field is given.
+pub fn index(manifests: Vec<Descriptor>) -> Result<ImageIndex> {
+    Ok(ImageIndexBuilder::default()
+        .schema_version(2u32)
+        .media_type(MediaType::ImageIndex)
+        .manifests(manifests)
+        .build()?)
+}
+
+fn labels(commit: &Commit, base: Option<&Digest>) -> HashMap<String, String> {
     let checksum = commit.checksum.to_string();
     let mut labels = vec![
         (ANNOTATION_CREATED, commit.created.clone()),
@@ -117,6 +156,9 @@ fn labels(commit: &Commit) -> HashMap<String, String> {
     }
     if !commit.subject.is_empty() {
         labels.push((ANNOTATION_DESCRIPTION, commit.subject.clone()));
+    }
+    if let Some(digest) = base {
+        labels.push((ANNOTATION_BASE_IMAGE_DIGEST, digest.to_string()));
     }
     labels.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }

@@ -1,36 +1,54 @@
 //! `image`: a repository and the server become the oscontainer, an OCI image, without
 //! any container daemon. Its layers are a log: the first brings the server, the
-//! next the repository, and each says in its own index what it holds.
+//! next the repository, and each says in its own index what it holds. The next image
+//! keeps them and adds one.
 //!
-//!     repository ─▶ source ─▶ index ─▶ layer ─▶ output (oci:, oci-archive:)
-//!     server binary ────────▶ index ─▶ layer ─┘
+//!     previous image ─▶ previous ─▶ log ─┐
+//!     repository ─────▶ source ──────────┼▶ plan ─▶ layer ─▶ output (oci:, oci-archive:, docker://)
+//!     server binary ──▶ server ──────────┘
 
+pub mod container;
+mod credentials;
 mod document;
+mod download;
+mod facts;
 mod index;
+mod input;
 mod layer;
+mod layout;
+mod layout_output;
+mod log;
 mod output;
+mod parallel;
+mod plan;
+mod previous;
 mod reference;
+mod referrers;
+mod refusal;
+mod registry;
+mod section;
 mod server;
 mod source;
 mod stored_gzip;
+mod token;
+mod upload;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
-use oci_spec::image::MediaType;
+use oci_spec::image::{Descriptor, MediaType};
 use oscontainer_artifact::digest::Digest;
-use oscontainer_artifact::tarball;
 use oscontainer_program::exit::Usage;
 use oscontainer_program::options::Global;
+use oscontainer_program::outcome;
 use serde::Serialize;
 
-use index::{Brings, DIRECTORY, FileEntry, Index, REPO};
-use layer::{Contents, Layer};
 use output::Output;
+use plan::{Limits, Plan};
+use previous::Previous;
 use reference::Reference;
+use registry::{Registries, RegistryOptions};
 use server::Server;
 use source::Source;
 
@@ -43,12 +61,46 @@ pub struct ImageArgs {
     /// Ref to take; needed when the repository has several
     #[arg(long = "ref", value_name = "REF", env = "OSCONTAINER_REF")]
     ref_name: Option<String>,
-    /// Where the image goes: oci:DIR[:TAG] or oci-archive:FILE[:TAG]
-    #[arg(long, value_name = "IMAGE", env = "OSCONTAINER_IMAGE")]
-    output: String,
+    /// Where the image goes: oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker://HOST/NAME:TAG
+    #[arg(long, value_name = "IMAGE", env = "OSCONTAINER_IMAGE", required_unless_present = "push")]
+    output: Option<String>,
+    /// Push it to this name in a registry instead, upon the image that is there, if there is one
+    #[arg(long, value_name = "HOST/NAME:TAG", conflicts_with = "previous", env = "OSCONTAINER_PUSH")]
+    push: Option<String>,
+    /// Write the result as one line of JSON, also after a failure (a pod's termination message)
+    #[arg(long, value_name = "FILE", env = "OSCONTAINER_RESULT_FILE")]
+    result_file: Option<PathBuf>,
+    /// The image before this one, in the same forms (docker:// with a tag or a digest): its layers stay
+    /// as they are, and one new layer holds what is new
+    #[arg(long, value_name = "IMAGE", env = "OSCONTAINER_PREVIOUS")]
+    previous: Option<String>,
+    /// Read all layers of a previous image in a registry and compare them with their indexes
+    #[arg(long, requires = "previous", env = "OSCONTAINER_VERIFY_PREVIOUS")]
+    verify_previous: bool,
+    /// Begin a new log of layers all the same
+    #[arg(long, env = "OSCONTAINER_FRESH")]
+    fresh: bool,
+    /// How many commits stay pullable when a new log begins, the new one included
+    #[arg(long, value_name = "N", default_value_t = 1, env = "OSCONTAINER_KEEP_COMMITS",
+          value_parser = clap::value_parser!(u16).range(1..=100))]
+    keep_commits: u16,
+    /// Begin a new log of layers when more than this share of the bytes is of no use to the kept commits
+    #[arg(long, value_name = "PERCENT", default_value_t = 25, env = "OSCONTAINER_MAX_WASTE",
+          value_parser = clap::value_parser!(u8).range(..=100))]
+    max_waste: u8,
+    /// Begin a new log of layers when there would be more layers than this
+    #[arg(long, value_name = "N", default_value_t = 64, env = "OSCONTAINER_MAX_LAYERS",
+          value_parser = clap::value_parser!(u16).range(2..=125))]
+    max_layers: u16,
+    /// Add the image to the image index under the output's tag, in place of the one for the same machine,
+    /// or begin one: for hosts of several machines under one name
+    #[arg(long, env = "OSCONTAINER_IMAGE_INDEX")]
+    index: bool,
     /// Static executable that becomes the image's server [default: the running program]
     #[arg(long, value_name = "FILE", env = "OSCONTAINER_SERVER")]
     server: Option<PathBuf>,
+    #[command(flatten)]
+    registry: RegistryOptions,
 }
 
 /// What `image` prints.
@@ -59,95 +111,133 @@ struct Printed {
     image: String,
     /// The digest of the image's manifest.
     digest: Digest,
+    /// The digest of the image index that the image is in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<Digest>,
     /// Bytes of the layers that no earlier image has.
     new_bytes: u64,
     /// How many layers the image has.
     layers: usize,
     /// Whether the image begins a new log of layers.
     fresh: bool,
+    /// The digest of the previous image's manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    previous: Option<Digest>,
 }
 
 /// Assembles the image.
 ///
 /// # Errors
-/// Wrong usage, a repository that is not whole, or a result that cannot be written.
+/// Wrong usage, a repository or a previous image that is not whole, or a result that
+/// cannot be written.
 pub fn main(args: ImageArgs, global: &Global) -> Result<()> {
-    let reference: Reference = args.output.parse().map_err(|e| Usage(format!("--output {}: {e}", args.output)))?;
+    let result = assemble(&args);
+    if let Some(file) = &args.result_file {
+        outcome::write(file, &result)?;
+    }
+    global.print(&result?)
+}
+
+fn assemble(args: &ImageArgs) -> Result<Printed> {
+    let registries = Registries::new(&args.registry);
+    let (reference, previous) = places(args, &registries)?;
     let server = Server::open(args.server.as_deref())?;
     let source = Source::open(&args.repo, args.ref_name.as_deref())?;
-    let mut output = Output::create(&reference)?;
-
-    let architecture = server.architecture;
-    let base = base_index(&server);
-    let repo = repo_index(std::slice::from_ref(&base), &source);
-    let layers = [base_layer(&mut output, &base, server)?, repo_layer(&mut output, &repo, &source)?];
-
-    let config = store(&mut output, MediaType::ImageConfig, &document::config(&source.commit, architecture, &layers)?)?;
-    let manifest = document::manifest(&source.commit, config, &layers)?;
-    let manifest = store(&mut output, MediaType::ImageManifest, &manifest)?;
-    let digest = manifest.digest().to_string().parse()?;
-    output.finish(document::platform(manifest, architecture)?)?;
-    global.print(&Printed {
+    let open = |reference: &Reference| {
+        let previous = Previous::open(reference, &registries, args.verify_previous, server.architecture)?;
+        tracing::info!("the previous image {reference} is {}", previous.digest);
+        Ok::<_, anyhow::Error>(previous)
+    };
+    let previous = previous.as_ref().map(open).transpose()?;
+    let limits = Limits {
+        fresh: args.fresh,
+        keep_commits: args.keep_commits.into(),
+        max_waste: args.max_waste.into(),
+        max_layers: args.max_layers.into(),
+    };
+    let plan = Plan::new(&source, &server, previous.as_ref(), &limits)?;
+    let mut output = Output::create(&reference, &registries)?;
+    let written = write(&mut output, &plan, &source, server.architecture, previous.as_ref())?;
+    let finished = output.finish(&written.manifest, server.architecture, &source.commit, args.index)?;
+    Ok(Printed {
         image: reference.to_string(),
-        digest,
-        new_bytes: layers.iter().map(|layer| layer.size).sum(),
-        layers: layers.len(),
-        fresh: true,
+        digest: finished.digest,
+        index: finished.index,
+        new_bytes: written.new_bytes,
+        layers: written.layers,
+        fresh: plan.fresh(),
+        previous: previous.map(|previous| previous.digest),
     })
 }
 
-/// The first layer: the server.
-fn base_index(server: &Server) -> Index {
-    let mut index = Index::new(0, None);
-    index.add_directory(&[], DIRECTORY);
-    index.add_directory(&[], "usr/bin");
-    index.files.push(FileEntry { path: document::SERVER.to_owned(), size: server.size, executable: true });
-    index
+/// Where the image goes, and where the one before it is.
+fn places(args: &ImageArgs, registries: &Registries<'_>) -> Result<(Reference, Option<Reference>)> {
+    let parse = |option: &str, text: &str| -> Result<Reference> {
+        Ok(text.parse().map_err(|e| Usage(format!("--{option} {text}: {e}")))?)
+    };
+    // A variable that is set to nothing is not set.
+    if let Some(name) = args.push.as_deref().filter(|name| !name.is_empty()) {
+        let reference = parse("push", &format!("docker://{name}"))?;
+        let Reference::Registry(there) = &reference else { unreachable!("docker:// names a registry") };
+        let registry = registries.open(there, true)?;
+        let previous = registry.find(there)?.map(|_| reference.clone());
+        return Ok((reference, previous));
+    }
+    let Some(output) = &args.output else { return Err(Usage("--output or --push is needed".into()).into()) };
+    Ok((parse("output", output)?, args.previous.as_deref().map(|text| parse("previous", text)).transpose()?))
 }
 
-fn base_layer(output: &mut Output, index: &Index, server: Server) -> Result<Layer> {
-    tracing::info!("the server is {}, for {}", server.path.display(), server.architecture);
-    let files = BTreeMap::from([(document::SERVER.to_owned(), Box::new(server.file) as Box<dyn Read>)]);
-    layer::write(output, index, Contents { object: &|name| anyhow::bail!("{name} is not here"), files })
+struct Written {
+    manifest: Vec<u8>,
+    new_bytes: u64,
+    layers: usize,
 }
 
-/// The layer that brings the source's commit: what it reaches, then the ref, then the
-/// files that a repository must have.
-fn repo_index(earlier: &[Index], source: &Source) -> Index {
-    let commit = &source.commit;
-    let brings = Brings { ref_name: commit.ref_name.clone(), commit: commit.checksum };
-    let mut index = Index::new(earlier.len() as u32, Some(brings));
-    index.add_directory(earlier, DIRECTORY);
-    for directory in tarball::DIRECTORIES {
-        index.add_directory(earlier, &format!("{REPO}/{directory}"));
-    }
-    let first_digits: BTreeSet<_> = source.objects.keys().map(|name| &name[..2]).collect();
-    for digits in first_digits {
-        index.add_directory(earlier, &format!("{REPO}/objects/{digits}"));
-    }
-    index.objects.clone_from(&source.objects);
-    for (path, content) in source.files() {
-        if let Some((directory, _)) = path.rsplit_once('/') {
-            index.add_directory(earlier, directory);
+/// Writes layers, config and manifest. Where nothing is new the image is the previous
+/// one, to the digest.
+fn write(
+    output: &mut Output,
+    plan: &Plan<'_>,
+    source: &Source,
+    architecture: &str,
+    previous: Option<&Previous>,
+) -> Result<Written> {
+    let kept = previous.map_or(&[][..], |previous| &previous.layers[..plan.kept]);
+    let mut layers = Vec::new();
+    for kept in kept {
+        if let Some(previous) = previous {
+            let kept = output.keep(previous, &kept.layer).with_context(|| format!("taking over {}", kept.layer.digest));
+            kept?;
         }
-        index.files.push(FileEntry { path, size: content.len() as u64, executable: false });
+        layers.push(kept.layer);
     }
-    index
+    for index in &plan.new {
+        layers.push(layer::write(output, index, plan.contents())?);
+    }
+    let new_bytes = layers[plan.kept..].iter().map(|layer| layer.size).sum();
+    let base = previous.filter(|_| !plan.fresh());
+    let manifest = match base {
+        Some(previous) if plan.new.is_empty() => {
+            tracing::info!("nothing is new: the image is the previous one");
+            store(output, &previous.config)?;
+            previous.manifest.clone()
+        }
+        _ => {
+            let base = base.map(|previous| &previous.digest);
+            let config = document::config(&source.commit, base, architecture, &layers)?;
+            let config = store(output, &document::bytes(&config)?)?;
+            document::bytes(&document::manifest(&source.commit, base, config, &layers)?)?
+        }
+    };
+    Ok(Written { manifest, new_bytes, layers: layers.len() })
 }
 
-fn repo_layer(output: &mut Output, index: &Index, source: &Source) -> Result<Layer> {
-    let open = |content: Vec<u8>| Box::new(std::io::Cursor::new(content)) as Box<dyn Read>;
-    let files = source.files().into_iter().map(|(path, content)| (path, open(content))).collect();
-    layer::write(output, index, Contents { object: &|name| source.object(name), files })
-}
-
-/// Stores a JSON document of the image and describes it.
-fn store(output: &mut Output, media_type: MediaType, content: &impl Serialize) -> Result<oci_spec::image::Descriptor> {
-    let bytes = document::bytes(content)?;
+/// Stores the image's config and describes it.
+fn store(output: &mut Output, bytes: &[u8]) -> Result<Descriptor> {
     let size = bytes.len() as u64;
-    let digest = output.blob(size, |file| {
-        std::io::Write::write_all(file, &bytes)?;
-        Ok(Digest::of(&bytes))
+    let digest = output.blob(size, &mut |out| {
+        out.write_all(bytes)?;
+        Ok(Digest::of(bytes))
     })?;
-    document::descriptor(media_type, size, digest)
+    document::descriptor(MediaType::ImageConfig, size, digest)
 }

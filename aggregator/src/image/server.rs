@@ -3,11 +3,15 @@
 //! says so, and it also says the architecture, which is thereby the image's.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use oscontainer_artifact::digest::{Digest, Hasher};
 use oscontainer_program::exit::Usage;
+
+use super::section::Section;
 
 /// The running program, whatever its path is by now.
 const SELF: &str = "/proc/self/exe";
@@ -18,14 +22,13 @@ const MAX_HEADERS: u16 = 256;
 
 /// A static executable, open.
 pub struct Server {
-    /// The file, at its start.
-    pub file: File,
+    file: File,
     /// Bytes.
     pub size: u64,
+    /// Of its content.
+    pub digest: Digest,
     /// OCI's name of the machine that runs it.
     pub architecture: &'static str,
-    /// Where it was read from, for messages.
-    pub path: PathBuf,
 }
 
 impl Server {
@@ -50,7 +53,18 @@ impl Server {
                  `make static` leaves a static one at target/static/oscontainer-aggregator; give it by --server"
             ))
         })?;
-        Ok(Self { file, size: metadata.len(), architecture, path: path.to_owned() })
+        let size = metadata.len();
+        let mut hasher = Hasher::new();
+        hasher
+            .update_from(Section::new(&file, 0, size))
+            .with_context(|| format!("reading the server binary {shown}"))?;
+        tracing::info!("the server is {shown}, for {architecture}");
+        Ok(Self { file, size, digest: hasher.digest(), architecture })
+    }
+
+    /// Its bytes, from the start.
+    pub fn content(&self) -> Box<dyn Read + '_> {
+        Box::new(Section::new(&self.file, 0, self.size))
     }
 }
 

@@ -2,11 +2,11 @@
 //! reaches, and the files that make an archive-mode repository of them. The
 //! repository's own config and other refs stay behind.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
-use std::fs::File;
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
+use std::thread;
 
 use anyhow::{Context, Result};
 use oscontainer_artifact::digest::Checksum;
@@ -15,33 +15,21 @@ use oscontainer_artifact::tarball;
 use oscontainer_program::exit::Usage;
 use oscontainer_program::reject;
 
-use super::index::{self, REPO};
+use super::facts::{self, Commit};
+use super::index::REPO;
+use super::parallel::in_order;
 use crate::repo::Repository;
-use crate::rfc3339;
-use crate::verify::{Links, check_object};
+use crate::verify::check_object;
 
-/// A ref's commit, as labels tell it.
-pub struct Commit {
-    /// The ref.
-    pub ref_name: String,
-    /// The commit that it names.
-    pub checksum: Checksum,
-    /// The commit's time (RFC 3339).
-    pub created: String,
-    /// The commit's `version`, where it has one.
-    pub version: Option<String>,
-    /// The commit's subject; often empty.
-    pub subject: String,
-}
+/// The fewest objects that are worth a thread.
+const MIN_SHARE: usize = 32;
 
-/// A commit and all its objects, each of them there.
+/// A ref's commit in a repository.
 pub struct Source {
     /// The commit.
     pub commit: Commit,
-    /// The objects, as `CHECKSUM.TYPE`, and their sizes in bytes.
-    pub objects: BTreeMap<String, u64>,
     repo: Repository,
-    summary: Vec<u8>,
+    files: Vec<(String, Vec<u8>)>,
 }
 
 impl Source {
@@ -49,84 +37,109 @@ impl Source {
     ///
     /// # Errors
     /// [`Usage`] when the ref is not there or not given among several; rejected when
-    /// the repository is of another mode or lacks an object.
+    /// the repository is of another mode or the commit is damaged.
     pub fn open(path: &Path, ref_name: Option<&str>) -> Result<Self> {
         let repo = Repository::open(path)?;
         let refs = repo.refs()?;
         let (ref_name, checksum) = choose(&refs, ref_name, path)?;
-        let info = repo.commit(&checksum)?;
-        let Some(created) = rfc3339::utc(info.timestamp) else {
-            reject!("commit {checksum} has the impossible timestamp {}", info.timestamp)
-        };
-        let objects = reached(path, &checksum)?;
+        let commit = Commit::read(&repo, ref_name, checksum)?;
+        let ref_name = &commit.ref_name;
         let summary = repo.summary(&BTreeMap::from([(ref_name.clone(), checksum)]))?;
-        let commit = Commit { ref_name, checksum, created, version: info.version, subject: info.subject };
-        Ok(Self { commit, objects, repo, summary })
+        let mut files = vec![(format!("{REPO}/config"), tarball::CONFIG.to_vec())];
+        let detached = ObjectName::new(checksum, Type::CommitMeta).path();
+        match fs::read(path.join(&detached)) {
+            Ok(content) => files.push((format!("{REPO}/{detached}"), content)),
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("reading {}", path.join(&detached).display())),
+        }
+        for (name, content) in commit.documents()? {
+            files.push((format!("{}/{name}", facts::DIRECTORY), content));
+        }
+        files.push((format!("{REPO}/refs/heads/{ref_name}"), format!("{checksum}\n").into_bytes()));
+        files.push((format!("{REPO}/summary"), summary));
+        Ok(Self { commit, repo, files })
     }
 
-    /// The object `CHECKSUM.TYPE`, open.
+    /// An object, open.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn object(&self, name: &str) -> Result<File> {
-        let path = self.repo.path().join(index::object_in_repo(name));
+    pub fn object(&self, name: &ObjectName) -> Result<File> {
+        let path = self.repo.path().join(name.path());
         File::open(&path).with_context(|| format!("opening {}", path.display()))
     }
 
-    /// The files of the repository in the image that are no objects, with their
-    /// paths there: the ref before the summary that names it.
-    pub fn files(&self) -> Vec<(String, Vec<u8>)> {
-        let Commit { ref_name, checksum, .. } = &self.commit;
-        vec![
-            (format!("{REPO}/config"), tarball::CONFIG.to_vec()),
-            (format!("{REPO}/refs/heads/{ref_name}"), format!("{checksum}\n").into_bytes()),
-            (format!("{REPO}/summary"), self.summary.clone()),
-        ]
+    /// The files of the repository in the image that are no checksummed objects, with
+    /// their paths there: the ref before the summary that names it.
+    pub fn files(&self) -> &[(String, Vec<u8>)] {
+        &self.files
     }
-}
 
-/// All that `commit` reaches, and its detached metadata where it has some. What names
-/// other objects is verified on the way; files are taken as `fetch` verified them,
-/// but each must be there.
-fn reached(repo: &Path, commit: &Checksum) -> Result<BTreeMap<String, u64>> {
-    let mut objects = BTreeMap::new();
-    let mut waiting = vec![ObjectName::new(*commit, Type::Commit)];
-    let detached = ObjectName::new(*commit, Type::CommitMeta);
-    if repo.join(detached.path()).exists() {
-        waiting.push(detached);
+    /// All that the commit reaches, and sizes in bytes; of files that are `known` their
+    /// known size, without a look at them. What names other objects is verified on the
+    /// way; new files are taken as `fetch` verified them, but each must be there. The
+    /// tree is walked level by level, on all cores.
+    ///
+    /// # Errors
+    /// Rejected when the repository lacks an object or one is damaged.
+    pub fn reached(&self, known: impl Fn(&ObjectName) -> Option<u64> + Sync) -> Result<BTreeMap<ObjectName, u64>> {
+        let mut objects = BTreeMap::new();
+        let mut level = vec![ObjectName::new(self.commit.checksum, Type::Commit)];
+        while !level.is_empty() {
+            let mut next = HashSet::new();
+            for (name, size, links) in self.read_level(&level, &known)? {
+                objects.insert(name, size);
+                next.extend(links);
+            }
+            level = next.into_iter().filter(|name| !objects.contains_key(name)).collect();
+        }
+        Ok(objects)
     }
-    while let Some(name) = waiting.pop() {
-        let Entry::Vacant(object) = objects.entry(name.to_string()) else { continue };
+
+    fn read_level(
+        &self,
+        level: &[ObjectName],
+        known: &(impl Fn(&ObjectName) -> Option<u64> + Sync),
+    ) -> Result<Vec<(ObjectName, u64, Vec<ObjectName>)>> {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let parts: Vec<_> = level.chunks(level.len().div_ceil(cores).max(MIN_SHARE)).collect();
+        let read = in_order(parts.len(), cores, |number| {
+            let links = |name: &ObjectName| {
+                let (size, links) = self.links(*name, known(name))?;
+                Ok((*name, size, links))
+            };
+            parts[number].iter().map(links).collect::<Result<Vec<_>>>()
+        })?;
+        Ok(read.into_iter().flatten().collect())
+    }
+
+    /// The size of an object and what it names.
+    fn links(&self, name: ObjectName, known: Option<u64>) -> Result<(u64, Vec<ObjectName>)> {
+        if let Some(size) = known.filter(|_| matches!(name.kind, Type::File | Type::Dirmeta)) {
+            return Ok((size, Vec::new()));
+        }
+        let repo = self.repo.path();
         let path = repo.join(name.path());
         let reading = || format!("reading object {name} of {}", repo.display());
         let metadata = match path.symlink_metadata() {
             Ok(metadata) if metadata.is_file() => metadata,
             Ok(_) => reject!("{} is no regular file", path.display()),
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                reject!("{} lacks object {name}, which {commit} reaches: fetch it again", repo.display())
+                reject!(
+                    "{} lacks object {name}, which {} reaches: fetch it again",
+                    repo.display(),
+                    self.commit.checksum
+                )
             }
             Err(e) => return Err(e).with_context(reading),
         };
-        object.insert(metadata.len());
+        let size = known.unwrap_or(metadata.len());
         if name.kind == Type::File {
-            continue;
+            return Ok((size, Vec::new()));
         }
         let file = File::open(&path).with_context(reading)?;
-        match check_object(name, file).with_context(reading)? {
-            Links::Commit(commit) => {
-                waiting.push(ObjectName::new(commit.tree, Type::Dirtree));
-                waiting.push(ObjectName::new(commit.meta, Type::Dirmeta));
-            }
-            Links::Dirtree(tree) => {
-                waiting.extend(tree.files.iter().map(|file| ObjectName::new(*file, Type::File)));
-                for (tree, meta) in tree.directories {
-                    waiting.extend([ObjectName::new(tree, Type::Dirtree), ObjectName::new(meta, Type::Dirmeta)]);
-                }
-            }
-            Links::None => {}
-        }
+        Ok((size, check_object(name, file).with_context(reading)?.names()))
     }
-    Ok(objects)
 }
 
 fn choose(refs: &BTreeMap<String, Checksum>, wanted: Option<&str>, path: &Path) -> Result<(String, Checksum)> {

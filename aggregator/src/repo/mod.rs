@@ -10,16 +10,31 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use oscontainer_artifact::digest::Checksum;
+use oscontainer_artifact::digest::{Checksum, Digest};
+use oscontainer_artifact::manifest::Manifest;
 use oscontainer_artifact::object::{Commit, ObjectName, Type};
 use oscontainer_artifact::protocol::valid_ref;
 use oscontainer_program::exit::Usage;
 use oscontainer_program::reject;
+use serde::{Deserialize, Serialize};
 
 pub use staging::Staging;
 
-/// The largest `config` and ref file that is read, in bytes.
-const MAX_SMALL_FILE: u64 = 64 << 10;
+/// The largest `config`, ref file and copy of a manifest that is read, in bytes.
+const MAX_SMALL_FILE: u64 = 128 << 10;
+
+/// The file in which `fetch` leaves which artifact the newest commit came from.
+const ORIGIN: &str = "extensions/oscontainer/artifact.json";
+
+/// The artifact that a commit came from.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The digest of the manifest's file, which pins the artifact.
+    pub digest: Digest,
+    /// What the manifest says.
+    pub manifest: Manifest,
+}
 
 /// A repository that exists and is in archive mode.
 #[derive(Debug)]
@@ -103,6 +118,32 @@ impl Repository {
         Ok((commit, size))
     }
 
+    /// The artifact that `fetch` took last, where it left that.
+    ///
+    /// # Errors
+    /// Rejected when it is damaged; else when it cannot be read.
+    pub fn origin(&self) -> Result<Option<Origin>> {
+        let path = self.path.join(ORIGIN);
+        let text = match read_small(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+        };
+        match serde_json::from_str(&text) {
+            Ok(origin) => Ok(Some(origin)),
+            Err(e) => reject!("{} is damaged: {e}", path.display()),
+        }
+    }
+
+    /// Leaves which artifact the newest commit came from.
+    fn write_origin(&self, origin: &Origin) -> Result<()> {
+        let path = self.path.join(ORIGIN);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+        }
+        replace(&path, &serde_json::to_vec(origin)?)
+    }
+
     /// The canonical summary of `refs`.
     ///
     /// # Errors
@@ -149,7 +190,10 @@ fn read_small(path: &Path) -> std::io::Result<String> {
 }
 
 /// Replaces a file in one step, by a temporary one beside it.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// When it cannot be written.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || {
         let parent = path.parent().unwrap_or(Path::new("."));
         let mut file = tempfile::Builder::new().prefix(".oscontainer-").permissions(mode(0o644)).tempfile_in(parent)?;

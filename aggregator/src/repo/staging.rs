@@ -1,17 +1,19 @@
 //! Where a verified artifact grows, unseen: beside a new repository, or in the
 //! `tmp` of one that exists.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::object::{ObjectName, Type};
 use oscontainer_artifact::tarball::{CONFIG, DIRECTORIES};
 use oscontainer_program::exit::Usage;
 use oscontainer_program::staging;
 use rustix::fs::{FlockOperation, flock, syncfs};
 
-use super::Repository;
+use super::{Origin, Repository};
 use crate::verify::{Objects, Verified, check_object};
 
 /// A repository in the making. Dropped, it leaves nothing.
@@ -71,15 +73,34 @@ impl Staging {
         Ok(Self { directory, output, existing })
     }
 
+    /// What was not in the repository before, and sizes in bytes.
+    ///
+    /// # Errors
+    /// When the temporary directory cannot be read.
+    pub fn written(&self) -> Result<BTreeMap<ObjectName, u64>> {
+        let mut written = BTreeMap::new();
+        for directory in sorted(&self.directory.path().join("objects"))? {
+            for file in sorted(&directory)? {
+                let relative = file.strip_prefix(self.directory.path()).unwrap_or(&file);
+                if let Some(name) = relative.to_str().and_then(ObjectName::from_path) {
+                    let metadata = fs::metadata(&file).with_context(|| format!("reading {}", file.display()))?;
+                    written.insert(name, metadata.len());
+                }
+            }
+        }
+        Ok(written)
+    }
+
     /// Makes what was verified visible, and safe from a power cut: a new
     /// repository by one rename; in one that exists the objects one by one, then
-    /// the commit, the ref and the summary.
+    /// the commit, the ref and the summary. `digest` is the artifact's.
     ///
     /// # Errors
     /// When the disk is full or cannot be written.
-    pub fn publish(self, verified: &Verified) -> Result<()> {
+    pub fn publish(self, verified: &Verified, digest: Digest) -> Result<()> {
         let disk = File::open(self.directory.path()).context("opening the temporary directory")?;
         let manifest = verified.manifest();
+        let origin = Origin { digest, manifest: manifest.clone() };
         let commit = ObjectName::new(manifest.commit, Type::Commit);
         for start in 0..=255_u8 {
             // One that holds objects stays.
@@ -91,12 +112,14 @@ impl Staging {
             syncfs(&disk).context("writing the objects to disk")?;
             self.move_objects(|name| name == commit)?;
             existing.repository.write_ref(&manifest.ref_name, &manifest.commit)?;
+            existing.repository.write_origin(&origin)?;
             return existing.repository.write_summary();
         }
         let path = self.directory.path();
         fs::write(path.join("config"), CONFIG).with_context(|| format!("writing {}", path.join("config").display()))?;
         let repository = Repository::open(path)?;
         repository.write_ref(&manifest.ref_name, &manifest.commit)?;
+        repository.write_origin(&origin)?;
         repository.write_summary()?;
         syncfs(&disk).context("writing the repository to disk")?;
         self.directory.rename_to(&self.output)

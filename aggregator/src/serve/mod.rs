@@ -12,24 +12,28 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS,
+    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, IF_NONE_MATCH,
+    IF_RANGE, RANGE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 use clap::Args;
 use oscontainer_program::files::{self, NO_CACHE};
 use oscontainer_program::options::Global;
-use oscontainer_program::server;
+use oscontainer_program::page::POLICY;
+use oscontainer_program::server::{self, ServerOptions};
 
 use metrics::Metrics;
 use page::Page;
 use tree::Tree;
 
+/// What makes a request more than one for the whole file.
+const CONDITIONS: [HeaderName; 3] = [IF_NONE_MATCH, IF_RANGE, RANGE];
 /// The `Content-Type` of short answers.
 const TEXT: &str = "text/plain; charset=utf-8";
 
@@ -39,9 +43,14 @@ pub struct ServeArgs {
     /// OSTree repository to serve
     #[arg(long, value_name = "DIR", env = "OSCONTAINER_REPO", default_value = "/srv/repo")]
     repo: PathBuf,
+    /// The image's directory of layer indexes: which commit was before another
+    #[arg(long, value_name = "DIR", env = "OSCONTAINER_LAYER_INDEX", default_value = "/usr/share/oscontainer/layers")]
+    layer_index: PathBuf,
     /// Address and port to listen on; port 0 takes a free one and logs it
     #[arg(long, value_name = "ADDR", env = "OSCONTAINER_LISTEN", default_value = "[::]:8080")]
     listen: SocketAddr,
+    #[command(flatten)]
+    server: ServerOptions,
 }
 
 struct Site {
@@ -55,10 +64,10 @@ struct Site {
 /// # Errors
 /// When the repository cannot be read or the address not be bound.
 pub fn main(args: ServeArgs, _global: &Global) -> Result<()> {
-    let site = Site { tree: Tree::open(&args.repo)?, page: Page::new(&args.repo), metrics: Metrics::new() };
+    let site =
+        Site { tree: Tree::open(&args.repo)?, page: Page::new(&args.repo, &args.layer_index), metrics: Metrics::new() };
     let router = Router::new().fallback(handle).with_state(Arc::new(site));
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(server::serve(reachable(args.listen), router))
+    server::serve_per_core(reachable(args.listen), router, &args.server)
 }
 
 /// `[::]` takes IPv4 too, but cannot be bound where IPv6 is switched off.
@@ -100,19 +109,52 @@ async fn answer(site: &Arc<Site>, request: &Parts) -> Response<Body> {
 }
 
 async fn file(site: &Arc<Site>, path: &str, request: &Parts) -> Response<Body> {
-    let decoded = percent_encoding::percent_decode_str(path).decode_utf8();
-    let Some(entry) = decoded.ok().and_then(|path| path::entry(&path)) else { return not_found() };
-    let site = Arc::clone(site);
-    let served = match tokio::task::spawn_blocking(move || site.tree.get(&entry)).await {
-        Ok(Ok(served)) => served,
-        Ok(Err(e)) if e.kind() == ErrorKind::NotFound => return not_found(),
-        Ok(Err(e)) => return failed(path, &e.to_string()),
+    let entry = match path.contains('%') {
+        false => path::entry(path),
+        true => percent_encoding::percent_decode_str(path).decode_utf8().ok().and_then(|path| path::entry(&path)),
+    };
+    let Some(entry) = entry else { return not_found() };
+    // Most requests are for these: handing each to another thread would cost more than it takes.
+    if request.method == Method::GET && !CONDITIONS.iter().any(|name| request.headers.contains_key(name)) {
+        match site.tree.small(&entry) {
+            Ok(Some((bytes, etag))) => return small(&entry, bytes, &etag),
+            Ok(None) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => return not_found(),
+            Err(e) => return failed(path, &e.to_string()),
+        }
+    }
+    // Only what has no name by its content is read for its ETag.
+    let found = if entry.object.is_some() {
+        site.tree.get(&entry)
+    } else {
+        let site = Arc::clone(site);
+        tokio::task::spawn_blocking(move || site.tree.get(&entry)).await.unwrap_or_else(|e| Err(e.into()))
+    };
+    let served = match found {
+        Ok(served) => served,
+        Err(e) if e.kind() == ErrorKind::NotFound => return not_found(),
         Err(e) => return failed(path, &e.to_string()),
     };
-    match files::respond(served, &request.method, &request.headers).await {
+    match files::respond(served, &request.method, &request.headers) {
         Ok(response) => response,
         Err(e) => failed(path, &e.to_string()),
     }
+}
+
+/// A small object, whole.
+fn small(entry: &path::Entry, bytes: Vec<u8>, etag: &str) -> Response<Body> {
+    let length = bytes.len();
+    let mut response = Response::new(Body::from(bytes));
+    let headers = response.headers_mut();
+    // Of hex digits, a dot, a type and a number.
+    if let Ok(etag) = HeaderValue::try_from(format!("\"{etag}\"")) {
+        headers.insert(ETAG, etag);
+    }
+    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static(entry.cache_control));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(entry.content_type));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response
 }
 
 async fn page(site: &Arc<Site>, headers: HeaderMap) -> Response<Body> {
@@ -120,8 +162,7 @@ async fn page(site: &Arc<Site>, headers: HeaderMap) -> Response<Body> {
     match tokio::task::spawn_blocking(move || site.page.html(&headers)).await {
         Ok(Ok(html)) => {
             let mut response = text(StatusCode::OK, "text/html; charset=utf-8", html);
-            let policy = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
-            response.headers_mut().insert(CONTENT_SECURITY_POLICY, policy);
+            response.headers_mut().insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
             response
         }
         Ok(Err(e)) => failed("/", &oscontainer_program::exit::chain(&e)),

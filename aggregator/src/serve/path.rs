@@ -6,8 +6,8 @@ use oscontainer_program::files::{IMMUTABLE, NO_CACHE};
 /// What a path is, by its name alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// The path's components, none of them empty, hidden or `..`.
-    pub components: Vec<String>,
+    /// The path below the repository; none of its components is empty, hidden or `..`.
+    pub path: String,
     /// The object's name, where it pins the content.
     pub object: Option<String>,
     /// The `Content-Type`.
@@ -27,26 +27,27 @@ const PINNED: [&str; 4] = ["filez", "commit", "dirtree", "dirmeta"];
 /// What the request path `path` is, percent-decoded by the caller; `None` when it is
 /// not served.
 pub fn entry(path: &str) -> Option<Entry> {
-    let components: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
+    let path = path.strip_prefix('/')?;
+    // Most requests are for these, and their names are of hex digits.
+    if let Some((directory, file)) = path.strip_prefix("objects/").and_then(|rest| rest.split_once('/')) {
+        let object = object_name(directory, file)?;
+        let cache_control = if object.is_some() { IMMUTABLE } else { NO_CACHE };
+        return Some(Entry { path: path.to_owned(), object, content_type: BINARY, cache_control });
+    }
+    let components: Vec<&str> = path.split('/').collect();
     if !components.iter().all(|component| plain(component)) {
         return None;
     }
-    let mut object = None;
     let content_type = match components[..] {
         ["config"] => TEXT,
         ["summary" | "summary.sig"] | ["summaries", _] => BINARY,
         ["refs", "heads" | "mirrors" | "remotes", _, ..] => TEXT,
-        ["objects", directory, file] => {
-            object = object_name(directory, file)?;
-            BINARY
-        }
         ["deltas", directory, _, _] if directory.len() == 2 => BINARY,
         ["delta-indexes", directory, file] if directory.len() == 2 && file.ends_with(".index") => BINARY,
         ["extensions", _, _, ..] => BINARY,
         _ => return None,
     };
-    let cache_control = if object.is_some() { IMMUTABLE } else { NO_CACHE };
-    Some(Entry { components: components.into_iter().map(str::to_owned).collect(), object, content_type, cache_control })
+    Some(Entry { path: path.to_owned(), object: None, content_type, cache_control: NO_CACHE })
 }
 
 /// Letters, digits and what libostree's names have besides (its base64 has `_` and `+`);
@@ -54,7 +55,7 @@ pub fn entry(path: &str) -> Option<Entry> {
 fn plain(component: &str) -> bool {
     !component.starts_with('.')
         && !component.is_empty()
-        && component.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+=-".contains(&b))
+        && component.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'+' | b'=' | b'-'))
 }
 
 /// `Some(Some(name))` for an object that its name pins, `Some(None)` for one that may

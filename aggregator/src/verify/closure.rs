@@ -23,18 +23,7 @@ pub fn check(commit: &Checksum, objects: Vec<(ObjectName, Links)>) -> Result<(),
         }
         match objects.get(&name) {
             None => return Err(Rejected::new(format!("object {name} is missing in the tarball"))),
-            Some(Links::None) => {}
-            Some(Links::Commit(commit)) => {
-                waiting.push(ObjectName::new(commit.tree, Type::Dirtree));
-                waiting.push(ObjectName::new(commit.meta, Type::Dirmeta));
-            }
-            Some(Links::Dirtree(tree)) => {
-                waiting.extend(tree.files.iter().map(|file| ObjectName::new(*file, Type::File)));
-                for (tree, meta) in &tree.directories {
-                    waiting.push(ObjectName::new(*tree, Type::Dirtree));
-                    waiting.push(ObjectName::new(*meta, Type::Dirmeta));
-                }
-            }
+            Some(links) => waiting.extend(links.names()),
         }
     }
     reached.insert(ObjectName::new(*commit, Type::CommitMeta));

@@ -31,6 +31,25 @@ pub enum Links {
     None,
 }
 
+impl Links {
+    /// The names of all that it refers to.
+    pub fn names(&self) -> Vec<ObjectName> {
+        match self {
+            Self::Commit(commit) => {
+                vec![ObjectName::new(commit.tree, Type::Dirtree), ObjectName::new(commit.meta, Type::Dirmeta)]
+            }
+            Self::Dirtree(tree) => {
+                let files = tree.files.iter().map(|file| ObjectName::new(*file, Type::File));
+                let directories = tree.directories.iter().flat_map(|(tree, meta)| {
+                    [ObjectName::new(*tree, Type::Dirtree), ObjectName::new(*meta, Type::Dirmeta)]
+                });
+                files.chain(directories).collect()
+            }
+            Self::None => Vec::new(),
+        }
+    }
+}
+
 /// Checks a whole object from a reader, such as one that is on disk already.
 ///
 /// # Errors

@@ -2,12 +2,16 @@
 //! files and blobs, and OSTree's bare `HEX` for commits and objects.
 
 use std::fmt;
+use std::io::{self, Read};
 use std::str::FromStr;
 
 use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::Rejected;
+
+/// Bytes that are read and hashed at a time.
+const CHUNK: usize = 256 << 10;
 
 /// The 32 bytes of a SHA-256, written as OCI does: `sha256:` and 64 lower-case
 /// hex digits (OCI image specification, descriptor.md, "Digests").
@@ -24,6 +28,16 @@ impl Digest {
         let mut hasher = Hasher::new();
         hasher.update(bytes);
         hasher.digest()
+    }
+
+    /// The digest of all that `reader` has.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read(reader: impl Read) -> io::Result<Self> {
+        let mut hasher = Hasher::new();
+        hasher.update_from(reader)?;
+        Ok(hasher.digest())
     }
 
     /// The 64 hex digits without the algorithm's name.
@@ -69,6 +83,26 @@ impl Hasher {
     /// Adds `bytes` to what was hashed.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
+    }
+
+    /// Adds all that `reader` still has; gives how many bytes that was.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn update_from(&mut self, mut reader: impl Read) -> io::Result<u64> {
+        let mut buffer = vec![0; CHUNK];
+        let mut size = 0;
+        loop {
+            match reader.read(&mut buffer) {
+                Ok(0) => return Ok(size),
+                Ok(count) => {
+                    self.update(&buffer[..count]);
+                    size += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// What was hashed, as a file's or blob's digest.

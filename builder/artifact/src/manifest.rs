@@ -21,6 +21,11 @@ pub const TARBALL_FILE: &str = "repo.tar";
 pub const MAX_SIZE: u64 = 64 << 10;
 /// The annotation with the hash of everything that went into the compose.
 pub const INPUTHASH: &str = "rpmostree.inputhash";
+/// The annotation with the version of the builder that packed the artifact.
+pub const BUILDER: &str = "oscontainer.builder";
+/// The annotation with the commit's packages: `NAME-[EPOCH:]VERSION-RELEASE.ARCH`, sorted, with a
+/// space between them; left out where the manifest would become too large.
+pub const PACKAGES: &str = "rpmostree.packages";
 
 /// The manifest. Read with [`Manifest::parse`], written with [`Manifest::to_bytes`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

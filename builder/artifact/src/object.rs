@@ -5,9 +5,11 @@
 //! cover is therefore serialised again and compared.
 
 use std::fmt;
+use std::str::FromStr;
 
 use gvariant::aligned_bytes::copy_to_align;
 use gvariant::{Marker, Structure, gv};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::Rejected;
 use crate::digest::{Checksum, Hasher};
@@ -71,13 +73,36 @@ impl ObjectName {
 
     /// The name behind a path as [`Self::path`] writes it; nothing else is one.
     pub fn from_path(path: &str) -> Option<Self> {
-        let (stem, extension) = path.strip_prefix("objects/")?.split_once('.')?;
-        let kind = Type::ALL.into_iter().find(|kind| kind.extension() == extension)?;
-        let (start, rest) = stem.split_once('/')?;
+        let (start, rest) = path.strip_prefix("objects/")?.split_once('/')?;
         if start.len() != 2 {
             return None;
         }
-        Some(Self { checksum: format!("{start}{rest}").parse().ok()?, kind })
+        format!("{start}{rest}").parse().ok()
+    }
+}
+
+impl FromStr for ObjectName {
+    type Err = Rejected;
+
+    /// Reads `CHECKSUM.EXTENSION`.
+    fn from_str(text: &str) -> Result<Self, Rejected> {
+        let parsed = text.split_once('.').and_then(|(checksum, extension)| {
+            let kind = Type::ALL.into_iter().find(|kind| kind.extension() == extension)?;
+            Some(Self { checksum: checksum.parse().ok()?, kind })
+        });
+        parsed.ok_or_else(|| Rejected::new(format!("{text:?} is not the name of an object")))
+    }
+}
+
+impl Serialize for ObjectName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ObjectName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -108,6 +133,36 @@ pub struct Commit {
     pub meta: Checksum,
     /// The string `version` of the metadata, where it has one.
     pub version: Option<String>,
+    /// The hash of what went into the compose ([`INPUT_HASHES`]), where the metadata have one.
+    pub input_hash: Option<String>,
+    /// The RPMs in the tree, `rpmostree.rpmdb.pkglist`, in the metadata's order.
+    pub packages: Vec<Package>,
+}
+
+/// The keys of the hash of a compose's input, the one that counts first: ours, and rpm-ostree's.
+const INPUT_HASHES: [&str; 2] = ["oscontainer.input-hash", crate::manifest::INPUTHASH];
+
+/// An RPM, as a commit's metadata list it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Package {
+    /// Its name.
+    pub name: String,
+    /// Its epoch, `0` where it has none.
+    pub epoch: String,
+    /// Its version.
+    pub version: String,
+    /// Its release.
+    pub release: String,
+    /// RPM's name of the machine, such as `x86_64` or `noarch`.
+    pub architecture: String,
+}
+
+impl Package {
+    /// `[EPOCH:]VERSION-RELEASE`.
+    pub fn evr(&self) -> String {
+        let epoch = if self.epoch.is_empty() || self.epoch == "0" { String::new() } else { format!("{}:", self.epoch) };
+        format!("{epoch}{}-{}", self.version, self.release)
+    }
 }
 
 impl Commit {
@@ -119,10 +174,21 @@ impl Commit {
         let aligned = copy_to_align(bytes);
         let commit = gv!("(a{sv}aya(say)sstayay)").cast(aligned.as_ref());
         let (metadata, parent, _related, subject, _body, timestamp, tree, meta) = commit.to_tuple();
-        let version = metadata.iter().find_map(|entry| {
+        let text = |wanted: &str| {
+            metadata.iter().find_map(|entry| {
+                let (key, value) = entry.to_tuple();
+                Some(value.get(gv!("s")).filter(|_| key.to_str() == wanted)?.to_str().to_owned())
+            })
+        };
+        let list = metadata.iter().find_map(|entry| {
             let (key, value) = entry.to_tuple();
-            let version = value.get(gv!("s")).filter(|_| key.to_str() == "version")?;
-            Some(version.to_str().to_owned())
+            value.get(gv!("a(sssss)")).filter(|_| key.to_str() == "rpmostree.rpmdb.pkglist")
+        });
+        let packages = list.into_iter().flatten().map(|entry| {
+            let (name, epoch, version, release, architecture) = entry.to_tuple();
+            let [name, epoch, version, release, architecture] =
+                [name, epoch, version, release, architecture].map(|text| text.to_str().to_owned());
+            Package { name, epoch, version, release, architecture }
         });
         let parent = if parent.is_empty() { None } else { Some(checksum(parent, "the parent")?) };
         Ok(Self {
@@ -131,7 +197,9 @@ impl Commit {
             parent,
             tree: checksum(tree, "the root dirtree")?,
             meta: checksum(meta, "the root dirmeta")?,
-            version,
+            version: text("version"),
+            input_hash: INPUT_HASHES.into_iter().find_map(text),
+            packages: packages.collect(),
         })
     }
 }

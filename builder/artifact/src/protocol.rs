@@ -19,6 +19,23 @@ pub const REPR_DIGEST: &str = "repr-digest";
 /// The digest of a message's content; of a whole file's, it says the same.
 pub const CONTENT_DIGEST: &str = "content-digest";
 
+/// Where the uploads of tarballs that are resumed lie.
+pub const UPLOADS: &str = "/v1/uploads/";
+/// Whether an upload is complete (draft-ietf-httpbis-resumable-upload; the next ones too).
+pub const UPLOAD_COMPLETE: &str = "upload-complete";
+/// At which byte an upload is.
+pub const UPLOAD_OFFSET: &str = "upload-offset";
+/// How many bytes an upload will have.
+pub const UPLOAD_LENGTH: &str = "upload-length";
+/// What a server says of its limits.
+pub const UPLOAD_LIMIT: &str = "upload-limit";
+/// Which revision of the draft a client speaks, as long as it is one.
+pub const UPLOAD_INTEROP_VERSION: &str = "upload-draft-interop-version";
+/// The revision that is spoken here.
+pub const INTEROP_VERSION: &str = "8";
+/// The media type of bytes that are added to an upload.
+pub const PARTIAL_MEDIA_TYPE: &str = "application/partial-upload";
+
 /// An artifact's NAME or VERSION: `[A-Za-z0-9][A-Za-z0-9._+-]{0,127}`, not `latest`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

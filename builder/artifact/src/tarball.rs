@@ -43,7 +43,16 @@ pub fn executable(path: &str, size: u64) -> Vec<u8> {
     entry(EntryType::Regular, 0o755, size, path)
 }
 
-fn entry(entry_type: EntryType, mode: u32, size: u64, name: &str) -> Vec<u8> {
+/// Bytes of the header of a file of `size` bytes, which is not made for it.
+pub fn header_size(path: &str, size: u64) -> usize {
+    match records(path, size).len() {
+        0 => BLOCK,
+        length => 2 * BLOCK + length + padding(length as u64),
+    }
+}
+
+/// What ustar has no room for.
+fn records(name: &str, size: u64) -> Vec<u8> {
     let mut records = Vec::new();
     if name.len() > MAX_USTAR_NAME {
         records.extend(pax_record("path", name));
@@ -51,6 +60,11 @@ fn entry(entry_type: EntryType, mode: u32, size: u64, name: &str) -> Vec<u8> {
     if size > MAX_USTAR_SIZE {
         records.extend(pax_record("size", &size.to_string()));
     }
+    records
+}
+
+fn entry(entry_type: EntryType, mode: u32, size: u64, name: &str) -> Vec<u8> {
+    let records = records(name, size);
     let mut out = Vec::with_capacity(3 * BLOCK);
     if !records.is_empty() {
         out.extend(block(EntryType::XHeader, 0o644, records.len() as u64, "././@PaxHeader"));
@@ -102,10 +116,11 @@ mod tests {
         {
             let bytes = header(path, kind);
             assert_eq!(bytes.len(), blocks * BLOCK);
+            let Kind::File(size) = kind else { unreachable!() };
+            assert_eq!(header_size(path, size), bytes.len());
             let mut archive = tar::Archive::new(&bytes[..]);
             let entry = archive.entries().unwrap().next().unwrap().unwrap();
             assert_eq!(entry.path().unwrap().to_str(), Some(path));
-            let Kind::File(size) = kind else { unreachable!() };
             assert_eq!(entry.size(), size);
         }
     }

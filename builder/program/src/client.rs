@@ -1,19 +1,20 @@
 //! The HTTP client of `publish` and `fetch`: a bearer token from a file, one more
 //! certificate authority, redirects that never lead to a less safe scheme.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use oscontainer_artifact::Rejected;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
-use reqwest::{Certificate, Client, ClientBuilder, Response, StatusCode, Url, redirect};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, RETRY_AFTER};
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Response, StatusCode, Url, redirect};
+
+use crate::retry::RetryOptions;
+use crate::tls;
 
 /// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a transfer may stand still.
-pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many redirects are followed.
 const MAX_REDIRECTS: usize = 10;
 /// How much of an error response's body is shown, in bytes.
@@ -28,16 +29,29 @@ pub struct ClientOptions {
     /// PEM file with the certificate authorities to trust instead of the system's
     #[arg(long, value_name = "FILE", env = "OSCONTAINER_CA_FILE")]
     pub ca_file: Option<PathBuf>,
+    /// PEM file with the certificate to show to an endpoint that asks for one
+    #[arg(long, value_name = "FILE", requires = "client_key", env = "OSCONTAINER_CLIENT_CERT")]
+    client_cert: Option<PathBuf>,
+    /// PEM file with that certificate's private key
+    #[arg(long, value_name = "FILE", requires = "client_cert", env = "OSCONTAINER_CLIENT_KEY")]
+    client_key: Option<PathBuf>,
+    /// Seconds without a byte after which a connection counts as broken
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..),
+        env = "OSCONTAINER_STALL_TIMEOUT")]
+    stall_timeout: u64,
+    /// How patient the transfers are
+    #[command(flatten)]
+    pub retry: RetryOptions,
 }
 
 impl ClientOptions {
-    /// A client for `url`. reqwest drops the token itself on a redirect to
-    /// another host.
+    /// A client for downloads from `url`. It speaks HTTP/1.1, for in HTTP/2 requests at the same
+    /// time share one connection. reqwest drops the token itself on a redirect to another host.
     ///
     /// # Errors
     /// When a file cannot be read or is not what it should be.
     pub fn client(&self, url: &Url) -> Result<Client> {
-        self.builder(url)?.read_timeout(STALL_TIMEOUT).build().context("setting up the HTTP client")
+        self.builder(url)?.http1_only().read_timeout(self.stall_timeout()).build().context("setting up the HTTP client")
     }
 
     /// A client for uploads to `url`: without the stall timeout, for reqwest counts
@@ -50,9 +64,27 @@ impl ClientOptions {
         self.builder(url)?.build().context("setting up the HTTP client")
     }
 
+    /// The `Authorization` of a request, from the file as it is now.
+    ///
+    /// # Errors
+    /// When the file cannot be read or holds no token.
+    pub fn authorization(&self) -> Result<Option<HeaderValue>> {
+        let Some(file) = &self.token_file else { return Ok(None) };
+        let token =
+            std::fs::read_to_string(file).with_context(|| format!("reading --token-file {}", file.display()))?;
+        let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim()))
+            .map_err(|_| Rejected::new(format!("--token-file {} holds no bearer token", file.display())))?;
+        value.set_sensitive(true);
+        Ok(Some(value))
+    }
+
+    /// How long a transfer may stand still.
+    pub fn stall_timeout(&self) -> Duration {
+        Duration::from_secs(self.stall_timeout)
+    }
+
     fn builder(&self, url: &Url) -> Result<ClientBuilder> {
-        // Only the first call installs; a second one finds the same provider.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        tls::install_provider();
         let mut builder = Client::builder()
             .user_agent(concat!("oscontainer/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
@@ -68,24 +100,35 @@ impl ClientOptions {
                 }
             }));
         if let Some(file) = &self.ca_file {
-            let pem = std::fs::read(file).with_context(|| format!("reading --ca-file {}", file.display()))?;
-            let certificates = Certificate::from_pem_bundle(&pem)
-                .map_err(|e| Rejected::new(format!("--ca-file {}: {e}", file.display())))?;
-            builder = builder.tls_certs_only(certificates);
+            builder = builder.tls_certs_only(authorities("--ca-file", file)?);
         } else if url.scheme() == "http" {
             // A scratch image has no system certificates, and plain HTTP needs none.
             builder = builder.tls_certs_only([]);
         }
-        if let Some(file) = &self.token_file {
-            let token =
-                std::fs::read_to_string(file).with_context(|| format!("reading --token-file {}", file.display()))?;
-            let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim()))
-                .map_err(|_| Rejected::new(format!("--token-file {} holds no bearer token", file.display())))?;
-            value.set_sensitive(true);
+        if let (Some(cert), Some(key)) = (&self.client_cert, &self.client_key) {
+            let read = |option: &str, file: &Path| {
+                std::fs::read(file).with_context(|| format!("reading {option} {}", file.display()))
+            };
+            let pem = [read("--client-cert", cert)?, read("--client-key", key)?].join(&b'\n');
+            let identity = Identity::from_pem(&pem)
+                .map_err(|e| Rejected::new(format!("--client-cert {}: {e}", cert.display())))?;
+            builder = builder.identity(identity);
+        }
+        if let Some(value) = self.authorization()? {
             builder = builder.default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]));
         }
         Ok(builder)
     }
+}
+
+/// The certificate authorities in a PEM file that `option` names.
+///
+/// # Errors
+/// When it cannot be read or holds something else.
+pub fn authorities(option: &str, file: &Path) -> Result<Vec<Certificate>> {
+    let pem = std::fs::read(file).with_context(|| format!("reading {option} {}", file.display()))?;
+    let certificates = Certificate::from_pem_bundle(&pem);
+    Ok(certificates.map_err(|e| Rejected::new(format!("{option} {}: {e}", file.display())))?)
 }
 
 /// Passes a successful response on, and turns any other into an error that names
@@ -100,6 +143,7 @@ pub async fn success(response: Response) -> Result<Response> {
         return Ok(response);
     }
     let url = response.url().clone();
+    let headers = response.headers().clone();
     let mut body = response.text().await.unwrap_or_default();
     body.truncate(body.floor_char_boundary(MAX_REASON));
     let reason = match body.trim() {
@@ -107,9 +151,56 @@ pub async fn success(response: Response) -> Result<Response> {
         reason => reason,
     };
     let text = format!("{url} answered {}: {reason}", status.as_u16());
-    let passing = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
-    if status.is_client_error() && !passing.contains(&status) {
+    let may_pass = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
+    if status.is_client_error() && !may_pass.contains(&status) {
         return Err(Rejected::new(text).into());
     }
-    bail!(text)
+    Err(passing(text, &headers))
+}
+
+/// The error `text` of an answer that another try may not get: not before the time that its `headers` ask for.
+pub fn passing(text: String, headers: &HeaderMap) -> anyhow::Error {
+    match headers.get(RETRY_AFTER).and_then(|value| wait(value.to_str().ok()?)) {
+        Some(after) => Later { text, after }.into(),
+        None => anyhow!(text),
+    }
+}
+
+/// A server that asks to come again, not before some time.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+struct Later {
+    text: String,
+    after: Duration,
+}
+
+/// How long the server that gave this error wants to be left alone.
+pub fn retry_after(error: &anyhow::Error) -> Option<Duration> {
+    error.chain().find_map(|cause| cause.downcast_ref::<Later>()).map(|later| later.after)
+}
+
+/// The value of `Retry-After`: seconds, or a date (RFC 9110, 10.2.3).
+fn wait(value: &str) -> Option<Duration> {
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let until = jiff::fmt::rfc2822::parse(value).ok()?.timestamp().as_second();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+    Some(Duration::from_secs(u64::try_from(until).ok()?.saturating_sub(now)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        assert_eq!(wait("120"), Some(Duration::from_secs(120)));
+        assert_eq!(wait("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
+        let far = wait("Fri, 01 Jan 2100 00:00:00 GMT").unwrap();
+        assert!(far > Duration::from_secs(1_000_000_000), "{far:?}");
+        for bad in ["", "-1", "soon", "1.5"] {
+            assert_eq!(wait(bad), None, "{bad}");
+        }
+    }
 }

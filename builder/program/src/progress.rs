@@ -41,6 +41,11 @@ impl Progress {
         Self { bar, what, total, plain: plain.then(|| Mutex::new(Instant::now())) }
     }
 
+    /// So many bytes are done in all: after a break there may be fewer than it seemed.
+    pub fn set(&self, position: u64) {
+        self.bar.set_position(position);
+    }
+
     /// `count` more bytes are done.
     pub fn add(&self, count: u64) {
         self.bar.inc(count);

@@ -1,26 +1,333 @@
-//! Runs a router on an address until SIGTERM or SIGINT, and lets transfers that
-//! are under way end.
+//! Serves a router until SIGTERM or SIGINT, over HTTP/1.1, or over TLS with
+//! HTTP/2 as well, and lets transfers that are under way end. Clients that connect and
+//! then say nothing are hung up on, and connections are limited.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::Router;
-use tokio::net::TcpListener;
+use axum::extract::Request;
+use axum::http::HeaderValue;
+use axum::http::header::HOST;
+use axum::middleware::{Next, from_fn};
+use axum::response::Response;
+use clap::Args;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::Service;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use hyper_util::service::TowerToHyperService;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use rustls::ServerConfig;
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::page::FORWARDED_PROTO;
+use crate::tls::TlsOptions;
+
+/// How long a TLS handshake may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest head of a request, and how much of a body is read at a time, in bytes.
+const BUFFER: usize = 64 << 10;
+/// Threads for each core that read large files: as many as disks can serve at a time, and no more.
+const BLOCKING: usize = 8;
+/// How often a silent HTTP/2 client is asked whether it is there.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// How long to wait after a connection could not be accepted, mostly for want of
+/// file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The address that a request came from; each has it as an extension.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer(pub IpAddr);
+
+/// Options of a server besides its address.
+#[derive(Debug, Clone, Args)]
+pub struct ServerOptions {
+    #[command(flatten)]
+    tls: TlsOptions,
+    /// Listen on a unix socket too, without TLS: the path of the socket, where nothing is or one that
+    /// nobody listens on any more
+    #[arg(long, value_name = "PATH", env = "OSCONTAINER_ALSO_LISTEN")]
+    also_listen: Option<PathBuf>,
+    /// Connections at a time; more wait until one ends
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..),
+        env = "OSCONTAINER_MAX_CONNECTIONS")]
+    max_connections: u32,
+    /// Seconds that a client may send nothing of a request, or take nothing of a response
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..),
+        env = "OSCONTAINER_CLIENT_TIMEOUT")]
+    client_timeout: u64,
+}
+
+impl ServerOptions {
+    /// How long a client may be silent.
+    pub fn client_timeout(&self) -> Duration {
+        Duration::from_secs(self.client_timeout)
+    }
+}
 
 /// Serves `router` on `listen`; the address that was really bound (port 0 picks a
-/// free one) is logged as `listening on http://…`.
+/// free one) is logged as `listening on http://…` or `https://…`.
 ///
 /// # Errors
-/// When the address cannot be bound.
-pub async fn serve(listen: SocketAddr, router: Router) -> Result<()> {
+/// When the address cannot be bound or the certificate cannot be used.
+pub async fn serve(listen: SocketAddr, router: Router, options: &ServerOptions) -> Result<()> {
+    serve_on(&[Handle::current()], listen, router, options).await
+}
+
+/// Serves as [`serve`] does, from one single-threaded runtime for each core, so that no connection's
+/// work goes from core to core: for short answers, which cost little more than that would.
+///
+/// # Errors
+/// As [`serve`], and when no thread can be started.
+pub fn serve_per_core(listen: SocketAddr, router: Router, options: &ServerOptions) -> Result<()> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let runtimes = (0..cores).map(|_| runtime()).collect::<Result<Vec<_>>>()?;
+    let handles: Vec<_> = runtimes.iter().map(|runtime| runtime.handle().clone()).collect();
+    let end = CancellationToken::new();
+    thread::scope(|scope| {
+        let _ends = end.clone().drop_guard();
+        for runtime in runtimes {
+            let end = end.clone();
+            let run = move || runtime.block_on(end.cancelled());
+            thread::Builder::new().name("serve".into()).spawn_scoped(scope, run).context("starting a thread")?;
+        }
+        runtime()?.block_on(serve_on(&handles, listen, router, options))
+    })
+}
+
+fn runtime() -> Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.max_blocking_threads(BLOCKING).enable_all().build().context("starting the runtime")
+}
+
+/// Accepts here; each connection is served on one of `workers`.
+async fn serve_on(workers: &[Handle], listen: SocketAddr, router: Router, options: &ServerOptions) -> Result<()> {
+    let tls = options.tls.watch()?;
+    raise_file_limit();
     let listener = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
-    tracing::info!("listening on http://{}", listener.local_addr()?);
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    tracing::info!("listening on {scheme}://{}", listener.local_addr()?);
+    let router = if tls.is_some() { router.layer(from_fn(as_https)) } else { router };
+    let service = TowerToHyperService::new(router);
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let stop = async move {
-        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
-        tracing::info!("stopping: no new connections, transfers under way may end");
-    };
-    axum::serve(listener, router).with_graceful_shutdown(stop).await.context("serving")
+    let connections = Arc::new(Semaphore::new(options.max_connections as usize));
+    let graceful = GracefulShutdown::new();
+    let socket = options.also_listen.as_deref().map(Socket::bind).transpose()?;
+    let listeners = Listeners { tcp: listener, socket };
+    for worker in workers.iter().cycle() {
+        let (permit, stream) = tokio::select! {
+            accepted = listeners.accept(&connections) => accepted?,
+            _ = term.recv() => break,
+            _ = interrupt.recv() => break,
+        };
+        let config = tls.as_ref().map(|current| current.borrow().clone());
+        let client =
+            Client { service: service.clone(), watcher: graceful.watcher(), timeout: options.client_timeout() };
+        // A socket belongs to the runtime that made it.
+        let stream = match stream.into_std() {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::debug!("taking a connection: {error}");
+                continue;
+            }
+        };
+        worker.spawn(async move {
+            if let Err(error) = client.serve(stream, config).await {
+                tracing::debug!("a connection ended: {error:#}");
+            }
+            drop(permit);
+        });
+    }
+    drop(listeners);
+    tracing::info!("stopping: no new connections, transfers under way may end");
+    graceful.shutdown().await;
+    Ok(())
+}
+
+/// Where connections come from.
+struct Listeners {
+    tcp: TcpListener,
+    socket: Option<Socket>,
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// The same without a runtime.
+enum StdStream {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+impl Stream {
+    fn into_std(self) -> std::io::Result<StdStream> {
+        Ok(match self {
+            Self::Tcp(stream) => StdStream::Tcp(stream.into_std()?),
+            Self::Unix(stream) => StdStream::Unix(stream.into_std()?),
+        })
+    }
+}
+
+impl Listeners {
+    /// The next connection, when there may be one more.
+    async fn accept(&self, connections: &Arc<Semaphore>) -> Result<(OwnedSemaphorePermit, Stream)> {
+        let permit = Arc::clone(connections).acquire_owned().await.context("waiting for a free connection")?;
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.tcp.accept() => accepted.map(|(stream, _)| Stream::Tcp(stream)),
+                accepted = async { match &self.socket {
+                    Some(socket) => socket.listener.accept().await,
+                    None => std::future::pending().await,
+                } } => accepted.map(|(stream, _)| Stream::Unix(stream)),
+            };
+            match accepted {
+                Ok(stream) => return Ok((permit, stream)),
+                Err(error) => {
+                    tracing::debug!("accepting a connection: {error}");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// A unix socket; dropped, its path is gone.
+struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Socket {
+    fn bind(path: &Path) -> Result<Self> {
+        let listening = || format!("listening on {}", path.display());
+        // What a killed run left, and nothing else, is in the way of nobody.
+        let is_socket = path.symlink_metadata().is_ok_and(|found| found.file_type().is_socket());
+        if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+            std::fs::remove_file(path).with_context(listening)?;
+        }
+        let listener = UnixListener::bind(path).with_context(listening)?;
+        tracing::info!("listening on unix:{}", path.display());
+        Ok(Self { listener, path: path.to_owned() })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!("removing {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// How a client is served.
+struct Client {
+    service: TowerToHyperService<Router>,
+    watcher: Watcher,
+    /// How long it may be silent.
+    timeout: Duration,
+}
+
+impl Client {
+    async fn serve(self, stream: StdStream, tls: Option<Arc<ServerConfig>>) -> Result<()> {
+        let stream = match stream {
+            StdStream::Tcp(stream) => TcpStream::from_std(stream)?,
+            StdStream::Unix(stream) => {
+                let stream = TokioIo::new(UnixStream::from_std(stream)?);
+                let served = http1(self.timeout).serve_connection(stream, self.service);
+                return self.watcher.watch(served).await.context("serving");
+            }
+        };
+        stream.set_nodelay(true)?;
+        let peer = Peer(stream.peer_addr()?.ip().to_canonical());
+        let service = WithPeer { service: self.service, peer };
+        // The kernel sees better than we do whether a client takes what it is sent.
+        SockRef::from(&stream).set_tcp_user_timeout(Some(self.timeout))?;
+        match tls {
+            // Apart, for what it needs would be taken for each connection without TLS too.
+            Some(config) => Box::pin(secure(stream, config, service, self.watcher, self.timeout)).await,
+            None => {
+                let served = http1(self.timeout).serve_connection(TokioIo::new(stream), service);
+                self.watcher.watch(served).await.context("serving")
+            }
+        }
+    }
+}
+
+fn http1(timeout: Duration) -> http1::Builder {
+    let mut http1 = http1::Builder::new();
+    http1.timer(TokioTimer::new()).header_read_timeout(timeout).max_buf_size(BUFFER);
+    http1
+}
+
+/// Says in each request who sent it.
+#[derive(Clone)]
+struct WithPeer {
+    service: TowerToHyperService<Router>,
+    peer: Peer,
+}
+
+impl Service<hyper::Request<Incoming>> for WithPeer {
+    type Response = <TowerToHyperService<Router> as Service<hyper::Request<Incoming>>>::Response;
+    type Error = <TowerToHyperService<Router> as Service<hyper::Request<Incoming>>>::Error;
+    type Future = <TowerToHyperService<Router> as Service<hyper::Request<Incoming>>>::Future;
+
+    fn call(&self, mut request: hyper::Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.peer);
+        self.service.call(request)
+    }
+}
+
+async fn secure(
+    stream: TcpStream,
+    tls: Arc<ServerConfig>,
+    service: WithPeer,
+    watcher: Watcher,
+    timeout: Duration,
+) -> Result<()> {
+    let handshake = TlsAcceptor::from(tls).accept(stream);
+    let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT.min(timeout), handshake).await.context("shaking hands")??;
+    if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
+        return watcher.watch(http1(timeout).serve_connection(TokioIo::new(stream), service)).await.context("serving");
+    }
+    let mut http2 = http2::Builder::new(TokioExecutor::new());
+    http2.timer(TokioTimer::new()).keep_alive_interval(PING_INTERVAL);
+    watcher.watch(http2.serve_connection(TokioIo::new(stream), service)).await.context("serving")
+}
+
+/// Each reader takes a socket and a file, and the usual limit of 1,024 is from a time
+/// when select(2) was in use.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!("raising the limit of open files: {error}");
+    }
+}
+
+/// What HTTP/1.1 behind a proxy says of a request's origin, for what came over TLS:
+/// the scheme is known, and HTTP/2 has the host in the URI.
+async fn as_https(mut request: Request, next: Next) -> Response {
+    let host = request.uri().authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok());
+    let headers = request.headers_mut();
+    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static("https"));
+    if let Some(host) = host {
+        headers.entry(HOST).or_insert(host);
+    }
+    next.run(request).await
 }

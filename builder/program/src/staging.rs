@@ -3,12 +3,12 @@
 //! the next one that works in the same place.
 
 use std::fs::{self, File, Permissions};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 /// A locked temporary directory; dropped, it is removed.
 pub struct Staging {
@@ -75,12 +75,41 @@ pub fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Writes a file for everyone to read, in the place of what is there: whole or not at all.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> Result<()> {
+        let mut file = NamedTempFile::new_in(parent(path))?;
+        file.write_all(bytes)?;
+        file.as_file().set_permissions(Permissions::from_mode(0o644))?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        sync_dir(parent(path))
+    };
+    write().with_context(|| format!("writing {}", path.display()))
+}
+
 /// Makes renames in `dir` durable.
 ///
 /// # Errors
 /// When it cannot be opened or synced.
 pub fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).with_context(|| format!("syncing {}", dir.display()))
+}
+
+/// Removes a file; one that is not there is fine.
+///
+/// # Errors
+/// When it is there and cannot be removed.
+pub fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn remove_stale(parent: &Path, prefix: &str) -> Result<()> {

@@ -1,20 +1,31 @@
 //! The `dnf` engine: `dnf --installroot` installs, the rest is ours.
 
-use std::ffi::OsString;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use oscontainer_program::reject;
+use oscontainer_program::{exit, reject, stop};
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, utimensat};
 
+use super::lockfile::{Available, Divided, Lockfile};
+use super::plan::{self, Planned};
 use super::process::{self, Ended};
 use super::sandbox::Sandbox;
 use crate::treefile::Flattened;
 
 /// What dnf and rpm say when the input is wrong, not the weather; the most telling first.
-const REJECTED: [&str; 8] = [
+const REJECTED: [&str; 12] = [
     "does not exist - using root",
+    "is not signed",
+    "Public key for",
+    "are not correct for this package",
+    "GPG check FAILED",
     "No match for argument",
     "Unable to find a match",
     "nothing provides",
@@ -29,16 +40,28 @@ const SCRIPTLET: [&str; 2] = ["scriptlet failed, exit status", "scriptlet failed
 const RETRY: [&str; 5] =
     ["Failed to download metadata", "Cannot download", "Curl error", "No space left", "Error downloading packages"];
 
+/// Where dnf sees its cache.
+const CACHE: &str = "/var/cache/dnf";
+
 /// Where dnf works for one compose.
 pub struct Dnf<'a> {
     flattened: &'a Flattened,
     /// Configuration and private HOME; goes with the compose.
     work: PathBuf,
-    /// Metadata and packages; stays.
+    /// Metadata and packages; stays, and other composes use it too.
     cache: PathBuf,
+    /// What this compose needs of it, which nobody else changes.
+    snapshot: PathBuf,
     root: PathBuf,
     /// `SOURCE_DATE_EPOCH` for rpm: what it writes as the time of installation.
     epoch: u64,
+    /// The repositories that the `.repo` files define, and the local directories that they are.
+    known: BTreeMap<String, Vec<PathBuf>>,
+    /// What a lockfile takes from each of the treefile's `lockfile-repos`; empty while that is
+    /// being found out.
+    pinned: BTreeMap<String, Vec<String>>,
+    /// What a lockfile pins and no repository has.
+    missing: Vec<String>,
 }
 
 impl<'a> Dnf<'a> {
@@ -47,7 +70,9 @@ impl<'a> Dnf<'a> {
     /// # Errors
     /// When a repository of the treefile has no `.repo` file, or files cannot be written.
     pub fn prepare(flattened: &'a Flattened, work: &Path, cache: &Path, root: &Path, epoch: u64) -> Result<Self> {
-        let dnf = Self { flattened, work: work.to_owned(), cache: cache.join("dnf"), root: root.to_owned(), epoch };
+        let (work, root, cache, snapshot) = (work.to_owned(), root.to_owned(), cache.join("dnf"), work.join("cache"));
+        let (known, pinned) = (BTreeMap::new(), BTreeMap::new());
+        let mut dnf = Self { flattened, work, cache, snapshot, root, epoch, known, pinned, missing: Vec::new() };
         for dir in ["home", "repos", "vars"] {
             fs::create_dir_all(dnf.work.join(dir)).context("making dnf's directories")?;
         }
@@ -57,12 +82,19 @@ impl<'a> Dnf<'a> {
         let macros = "%_dbpath /usr/share/rpm\n%_netsharedpath /dev:/proc:/sys\n%_install_langs ";
         let langs = flattened.treefile.install_langs.as_ref().map_or("all".to_owned(), |langs| langs.join(":"));
         fs::write(dnf.work.join("home/.rpmmacros"), format!("{macros}{langs}\n"))?;
-        fs::write(dnf.work.join("dnf.conf"), dnf.configuration())?;
-        dnf.copy_repositories()?;
+        dnf.configure(&[])?;
+        for (name, value) in flattened.treefile.repovars.iter().flatten() {
+            if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+                reject!("repovars: {name:?} is no name of a variable: letters, digits and _ make one");
+            }
+            fs::write(dnf.work.join("vars").join(name), value)?;
+        }
+        dnf.known = dnf.copy_repositories()?;
         Ok(dnf)
     }
 
-    fn configuration(&self) -> String {
+    /// Writes dnf's configuration; `others` are packages that a lockfile forbids.
+    fn configure(&self, others: &[String]) -> Result<()> {
         let treefile = &self.flattened.treefile;
         let mut conf = format!(
             "[main]\ngpgcheck=1\nbest=1\nkeepcache=1\nplugins=0\ncheck_config_file_age=0\nzchunk=0\n\
@@ -74,62 +106,171 @@ impl<'a> Dnf<'a> {
         if treefile.documentation == Some(false) {
             conf.push_str("tsflags=nodocs\n");
         }
-        if let Some(exclude) = treefile.exclude_packages.as_ref().filter(|names| !names.is_empty()) {
-            conf.push_str(&format!(
-                "excludepkgs={}\n",
-                exclude.iter().map(String::as_str).collect::<Vec<_>>().join(",")
-            ));
+        let excluded = treefile.exclude_packages.iter().flatten().chain(others);
+        let excluded: Vec<&str> = excluded.map(String::as_str).collect();
+        if !excluded.is_empty() {
+            conf.push_str(&format!("excludepkgs={}\n", excluded.join(",")));
         }
-        conf
+        fs::write(self.work.join("dnf.conf"), conf).context("writing dnf's configuration")
     }
 
-    /// The `.repo` files beside the treefile, and no others.
-    fn copy_repositories(&self) -> Result<()> {
+    /// Makes the packages that `lockfile` pins the only ones of their names.
+    ///
+    /// # Errors
+    /// When the repositories cannot be read.
+    pub fn pin(&mut self, lockfile: &Lockfile) -> Result<()> {
+        if lockfile.is_empty() {
+            return Ok(());
+        }
+        let repositories = self.flattened.treefile.lockfile_repos.as_deref().unwrap_or_default();
+        self.pinned = repositories.iter().map(|repo| (repo.clone(), Vec::new())).collect();
+        let available = self.available(&lockfile.names())?;
+        let Divided { pinned, others, missing } = lockfile.divide(&available);
+        if !missing.is_empty() {
+            tracing::warn!("no repository has what the lockfile pins: {}", missing.join(", "));
+        }
+        self.missing = missing;
+        for package in pinned {
+            if let Some(allowed) = self.pinned.get_mut(&package.repository) {
+                allowed.push(package.nevra());
+            }
+        }
+        // What it has besides is not for this compose.
+        self.pinned.retain(|_, allowed| !allowed.is_empty());
+        let others: Vec<String> = others.into_iter().map(Available::nevra).collect();
+        tracing::info!("the lockfile leaves out {} packages that repositories have", others.len());
+        self.configure(&others)
+    }
+
+    /// What the repositories have under `names`; everything where there are none.
+    fn available(&self, names: &[&str]) -> Result<Vec<Available>> {
+        let _lock = self.lock()?;
+        let mut command = self.command(true);
+        let format = "%{name}|%{epoch}|%{version}-%{release}|%{arch}|%{sourcerpm}|%{repoid}\\n";
+        command.args(["--quiet", "repoquery", "--qf", format]).args(names);
+        let text = process::output("dnf", &mut command)?;
+        let parse = |line: &str| {
+            let fields: [&str; 6] = line.split('|').collect::<Vec<_>>().try_into().ok()?;
+            let [name, epoch, version, arch, source, repository] = fields.map(str::to_owned);
+            let evr = if matches!(epoch.as_str(), "0" | "(none)") { version } else { format!("{epoch}:{version}") };
+            Some(Available { name, evr, arch, source, repository })
+        };
+        let lines = text.lines().filter(|line| !line.is_empty());
+        lines.map(|line| parse(line).with_context(|| format!("reading dnf's answer {line:?}"))).collect()
+    }
+
+    /// Copies the `.repo` files beside the treefile, and no others; gives what they define.
+    fn copy_repositories(&self) -> Result<BTreeMap<String, Vec<PathBuf>>> {
         let dir = &self.flattened.external.directory;
-        let mut known = Vec::new();
+        let mut known = BTreeMap::new();
         for entry in fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "repo") {
                 let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-                known.extend(
-                    text.lines().filter_map(|line| line.trim().strip_prefix('[')?.strip_suffix(']').map(str::to_owned)),
-                );
+                known.extend(self.defined(&text));
                 let name = path.file_name().context("a directory entry has a name")?;
                 fs::write(self.work.join("repos").join(name), text)?;
             }
         }
-        for repo in self.repositories() {
-            if !known.contains(repo) {
+        let treefile = &self.flattened.treefile;
+        let of_packages = treefile.repo_packages.iter().flatten().map(|entry| &entry.repo);
+        let of_lockfiles = treefile.lockfile_repos.iter().flatten();
+        for repo in self.repositories().iter().chain(of_packages.clone()).chain(of_lockfiles) {
+            if !known.contains_key(repo) {
                 reject!(
                     "the treefile names the repository {repo:?}, but no .repo file in {} defines it",
                     dir.display()
                 );
             }
         }
-        Ok(())
+        for repo in of_packages {
+            if !self.repositories().is_empty() && !self.repositories().contains(repo) {
+                reject!("repo-packages takes packages from {repo:?}, which is not among `repos`: add it there");
+            }
+        }
+        Ok(known)
+    }
+
+    /// The repositories that a `.repo` file defines, with those of their directories that are local.
+    fn defined(&self, text: &str) -> Vec<(String, Vec<PathBuf>)> {
+        let mut defined: Vec<(String, Vec<PathBuf>)> = Vec::new();
+        for line in text.lines() {
+            if let Some(name) = line.trim().strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+                defined.push((name.to_owned(), Vec::new()));
+            } else if let Some((_, directories)) = defined.last_mut() {
+                // A value may go on in indented lines.
+                let urls = line.split(['=', ',', ' ', '\t']);
+                directories.extend(urls.filter_map(|url| self.expand(url).strip_prefix("file://").map(PathBuf::from)));
+            }
+        }
+        defined
+    }
+
+    /// Puts in the values of the variables that dnf knows.
+    fn expand(&self, text: &str) -> String {
+        let treefile = &self.flattened.treefile;
+        let releasever = treefile.releasever.iter().map(|value| ("releasever", value.to_string()));
+        let basearch = treefile.basearch.iter().map(|value| ("basearch", value.clone()));
+        let given = treefile.repovars.iter().flatten().map(|(name, value)| (name.as_str(), value.clone()));
+        releasever.chain(basearch).chain(given).fold(text.to_owned(), |text, (name, value)| {
+            text.replace(&format!("${{{name}}}"), &value).replace(&format!("${name}"), &value)
+        })
     }
 
     fn repositories(&self) -> &[String] {
         self.flattened.treefile.repos.as_deref().unwrap_or_default()
     }
 
+    /// All that is to be installed, sorted.
+    fn packages(&self) -> BTreeSet<&String> {
+        let treefile = &self.flattened.treefile;
+        let of_repositories = treefile.repo_packages.iter().flatten().flat_map(|entry| &entry.packages);
+        treefile.packages.iter().flatten().chain(of_repositories).collect()
+    }
+
+    /// dnf, with the network and the cache that all composes share, or without and with the snapshot of it.
     fn command(&self, network: bool) -> Command {
-        let writable = [self.work.as_path(), self.cache.as_path()];
-        let mut command = Sandbox { writable: &writable, network }.outside(&self.root);
+        let cache = if network { &self.cache } else { &self.snapshot };
+        // dnf 4 takes its cache from below the installroot and, for some files, from
+        // outside of it, whatever it is told: it finds ours in both places.
+        let inside = self.root.join(CACHE.trim_start_matches('/'));
+        let writable = [
+            (self.work.as_path(), self.work.as_path()),
+            (cache.as_path(), Path::new(CACHE)),
+            (cache.as_path(), inside.as_path()),
+        ];
+        let local: Vec<&Path> = self.known.values().flatten().map(PathBuf::as_path).collect();
+        let mut command = Sandbox { writable: &writable, network }.outside(&self.root, &local);
         command.arg("dnf").arg("--config").arg(self.work.join("dnf.conf"));
         command.arg("--installroot").arg(&self.root);
         // Its log and state stay where it puts them, inside the tree; they are removed there.
-        let mut cache = OsString::from("--setopt=cachedir=");
-        cache.push(&self.cache);
-        command.arg(cache);
-        if let Some(releasever) = &self.flattened.treefile.releasever {
+        command.arg(format!("--setopt=cachedir={CACHE}"));
+        let treefile = &self.flattened.treefile;
+        if let Some(releasever) = &treefile.releasever {
             command.arg(format!("--releasever={releasever}"));
         } else {
             // Without one, dnf looks for a package that no repository need have.
             command.arg("--releasever=/");
         }
-        command.arg("--disablerepo=*");
-        command.args(self.repositories().iter().map(|repo| format!("--enablerepo={repo}")));
+        if !self.repositories().is_empty() {
+            command.arg("--disablerepo=*");
+            command.args(self.repositories().iter().map(|repo| format!("--enablerepo={repo}")));
+        }
+        for repo in treefile.lockfile_repos.iter().flatten().filter(|repo| !self.repositories().contains(repo)) {
+            match self.pinned.get(repo) {
+                None => command.arg(format!("--disablerepo={repo}")),
+                Some(all) if all.is_empty() => command.arg(format!("--enablerepo={repo}")),
+                Some(allowed) => command
+                    .arg(format!("--enablerepo={repo}"))
+                    .arg(format!("--setopt={repo}.includepkgs={}", allowed.join(","))),
+            };
+        }
+        // A package that is to come from one repository is not there in the others.
+        for entry in treefile.repo_packages.iter().flatten() {
+            let packages = entry.packages.iter().map(String::as_str).collect::<Vec<_>>().join(",");
+            let others = self.known.keys().filter(|repo| **repo != entry.repo);
+            command.args(others.map(|repo| format!("--setopt={repo}.excludepkgs={packages}")));
+        }
         command
             .env("HOME", self.work.join("home"))
             .env("LC_ALL", "C.UTF-8")
@@ -142,44 +283,197 @@ impl<'a> Dnf<'a> {
         self.work.join("home")
     }
 
-    /// Resolves the packages and logs the transaction, but does none of it.
+    /// Resolves the packages and installs none.
     ///
     /// # Errors
     /// Rejected when they cannot be resolved; else worth a retry.
-    pub fn show(&self) -> Result<()> {
+    pub fn resolve(&self) -> Result<Vec<Planned>> {
+        let _lock = self.lock()?;
         let mut command = self.command(true);
-        command.args(["--assumeno", "install"]).args(self.flattened.treefile.packages.iter().flatten());
+        command.args(["--assumeno", "install"]).args(self.packages());
         let ended = process::run("dnf", &mut command)?;
         // This is how dnf says that it did as it was told.
-        if ended.find(&["Operation aborted"]).is_some() { Ok(()) } else { judge(ended) }
+        if ended.find(&["Operation aborted"]).is_some() {
+            return plan::parse(&ended.lines);
+        }
+        self.judge(ended).map(|_| Vec::new())
     }
 
-    /// Downloads the packages into the cache, with the network.
+    /// Downloads the packages into the cache, with the network, and keeps what
+    /// [`Dnf::install_cached`] needs of it for this compose.
     ///
     /// # Errors
     /// Rejected when they cannot be resolved; else worth a retry.
-    pub fn download(&self) -> Result<()> {
-        self.install(true, &["--downloadonly"])
+    pub fn download(&self) -> Result<Vec<Planned>> {
+        let _lock = self.lock()?;
+        let ended = self.install(true, &["--downloadonly"])?;
+        let packages = plan::parse(&ended.lines)?;
+        self.take_snapshot(&packages)?;
+        Ok(packages)
     }
 
-    /// Installs what [`Dnf::download`] left in the cache, without the network.
+    /// Installs what [`Dnf::download`] left, without the network.
     ///
     /// # Errors
     /// Rejected when a scriptlet fails or an owner is unknown.
     pub fn install_cached(&self) -> Result<()> {
-        self.install(false, &["--cacheonly"])
+        self.install(false, &["--cacheonly"]).map(drop)
     }
 
-    fn install(&self, network: bool, options: &[&str]) -> Result<()> {
+    fn install(&self, network: bool, options: &[&str]) -> Result<Ended> {
         let mut command = self.command(network);
-        let packages = self.flattened.treefile.packages.iter().flatten();
-        command.arg("--assumeyes").args(options).arg("install").args(packages);
-        judge(process::run("dnf", &mut command)?)
+        command.arg("--assumeyes").args(options).arg("install").args(self.packages());
+        self.judge(process::run("dnf", &mut command)?)
+    }
+
+    /// As [`judge`]; packages that a lockfile left none of are a reason.
+    fn judge(&self, ended: Ended) -> Result<Ended> {
+        let missing = self.missing.join(", ");
+        judge(ended).map_err(|error| match exit::code(&error) {
+            exit::REJECTED if !missing.is_empty() => {
+                error.context(format!("no repository has what the lockfile pins: {missing}"))
+            }
+            _ => error,
+        })
+    }
+
+    fn lock(&self) -> Result<File> {
+        lock(&self.cache)
+    }
+
+    /// Links the packages of the cache and copies the metadata, so that what other composes do
+    /// there is nothing to this one, and what this one does is nothing to them.
+    fn take_snapshot(&self, packages: &[Planned]) -> Result<()> {
+        copy_tree(&self.cache, &self.snapshot)
+            .with_context(|| format!("linking what this compose needs of {}", self.cache.display()))?;
+        let used: BTreeSet<String> = packages.iter().map(Planned::file_name).collect();
+        // Whatever the mount's options say, these were used now; dnf remembers their time of change.
+        let now = Timestamps {
+            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
+            last_modification: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+        };
+        find_files(&self.snapshot, &mut |path| {
+            if !used.contains(path.file_name().and_then(OsStr::to_str).unwrap_or_default()) {
+                return;
+            }
+            if let Err(error) = utimensat(CWD, path, &now, AtFlags::empty()) {
+                tracing::debug!("noting the use of {}: {error}", path.display());
+            }
+        })
+    }
+
+    /// The files of `packages`, which were downloaded or lie in a local repository; `None`
+    /// where one lies in neither place under its usual name, or in several.
+    ///
+    /// # Errors
+    /// When a directory cannot be read.
+    pub fn files(&self, packages: &[Planned]) -> Result<Option<Vec<PathBuf>>> {
+        let wanted: BTreeSet<String> = packages.iter().map(Planned::file_name).collect();
+        let mut found: BTreeMap<(String, String), Vec<PathBuf>> = BTreeMap::new();
+        let mut search = |repository: &str, directory: &Path| {
+            find_files(directory, &mut |path| {
+                if let Some(name) = path.file_name().and_then(OsStr::to_str).filter(|name| wanted.contains(*name)) {
+                    found.entry((repository.to_owned(), name.to_owned())).or_default().push(path.to_owned());
+                }
+            })
+        };
+        for (repository, directories) in &self.known {
+            for directory in directories.iter().filter(|directory| directory.is_dir()) {
+                search(repository, directory)?;
+            }
+        }
+        for entry in fs::read_dir(&self.snapshot)? {
+            let entry = entry?;
+            // ID-HASH
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if let (Some((repository, _)), true) = (name.rsplit_once('-'), entry.file_type()?.is_dir()) {
+                search(repository, &entry.path())?;
+            }
+        }
+        // Two repositories may have had one id.
+        let file = |package: &Planned| match found.get(&(package.repository.clone(), package.file_name()))?.as_slice() {
+            [one] => Some(one.clone()),
+            _ => None,
+        };
+        Ok(packages.iter().map(file).collect())
     }
 }
 
+/// Waits until no other compose works in `cache`: dnf's own locks name processes, which mean
+/// nothing in another namespace.
+fn lock(cache: &Path) -> Result<File> {
+    let path = cache.join(".oscontainer.lock");
+    let lock = File::create(&path).with_context(|| format!("making {}", path.display()))?;
+    if lock.try_lock().is_err() {
+        tracing::info!("waiting for another compose, which works in {}", cache.display());
+        while lock.try_lock().is_err() {
+            stop::check()?;
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+    Ok(lock)
+}
+
+/// Removes packages from the cache directory, those that were not used for longest first, until
+/// the rest takes at most `bytes`.
+///
+/// # Errors
+/// When files cannot be listed or removed.
+pub fn bound_cache(cache: &Path, bytes: u64) -> Result<()> {
+    let cache = cache.join("dnf");
+    if !cache.is_dir() {
+        return Ok(());
+    }
+    let _lock = lock(&cache)?;
+    let mut packages = Vec::new();
+    find_files(&cache, &mut |path| {
+        if path.extension() == Some(OsStr::new("rpm"))
+            && let Ok(meta) = path.metadata()
+        {
+            packages.push((meta.atime(), meta.atime_nsec(), path.to_owned(), meta.len()));
+        }
+    })?;
+    packages.sort();
+    let mut left: u64 = packages.iter().map(|package| package.3).sum();
+    for (_, _, path, size) in packages {
+        if left <= bytes {
+            break;
+        }
+        fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+        left -= size;
+        tracing::info!("removed {} from the cache, which may take {bytes} bytes", path.display());
+    }
+    Ok(())
+}
+
+/// Makes `to` like `from`: packages are links, all else are copies.
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type()?.is_dir() {
+            copy_tree(&path, &target)?;
+        } else if path.extension() == Some(OsStr::new("rpm")) {
+            fs::hard_link(&path, &target)?;
+        } else if entry.file_type()?.is_file() {
+            fs::copy(&path, &target)?;
+        }
+    }
+    Ok(())
+}
+
+fn find_files(directory: &Path, found: &mut dyn FnMut(&Path)) -> Result<()> {
+    for entry in fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() { find_files(&entry.path(), found)? } else { found(&entry.path()) }
+    }
+    Ok(())
+}
+
 /// Turns dnf's end into ours: what is wrong, and whether trying again can help.
-fn judge(ended: Ended) -> Result<()> {
+fn judge(ended: Ended) -> Result<Ended> {
+    ended.has_space()?;
     if let Some(line) = ended.find(&SCRIPTLET) {
         reject!("a package's scriptlet failed: {line}; what it said is among the last lines:{}", ended.tail());
     }
@@ -188,7 +482,10 @@ fn judge(ended: Ended) -> Result<()> {
         reject!("{line}: the file's owner would silently be wrong; add the package that makes this user or group");
     }
     if ended.status.success() {
-        return Ok(());
+        return Ok(ended);
+    }
+    if let Some(line) = ended.find(&["more space needed on the"]) {
+        bail!("no space left where the tree is made, in the cache directory: {}", line.trim());
     }
     if let Some(line) = ended.find(&RETRY) {
         bail!("dnf could not get the packages: {line}; its last lines:{}", ended.tail());
@@ -196,5 +493,5 @@ fn judge(ended: Ended) -> Result<()> {
     if let Some(line) = rejected {
         reject!("dnf cannot install the packages: {line}; its last lines:{}", ended.tail());
     }
-    ended.success("dnf").map(drop)
+    ended.success("dnf")
 }

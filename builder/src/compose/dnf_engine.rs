@@ -1,20 +1,28 @@
 //! The `dnf` engine's way from a treefile to a commit, stage by stage.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::time::Instant;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use oscontainer_artifact::digest::Hasher;
+use oscontainer_artifact::manifest::INPUTHASH;
 use oscontainer_program::exit::Usage;
+use oscontainer_program::moment;
 use oscontainer_program::reject;
-use oscontainer_program::staging::Staging;
 
-use super::commit::{self, Facts};
+use super::commit::{self, Facts, Previous, Session};
 use super::dnf::Dnf;
+use super::kernel::{self, Kernel};
+use super::lockfile::{self, Lockfile};
 use super::packages::{self, Package};
+use super::plan::{Plan, Planned};
 use super::tree::Tree;
-use super::{Commit, Engine, Job, customize, kernel, layout, version};
-use crate::treefile::{self, Flattened, Machine};
+use super::{Engine, Job, Made, accounts, customize, layout, version};
+use crate::treefile::{ByDnf, External, Field, Flattened};
 
 /// `dnf --installroot`, and the rest done here.
 pub struct DnfEngine;
@@ -23,103 +31,170 @@ pub struct DnfEngine;
 /// set: the newest package's build time is not known before it is installed.
 const INSTALL_TIME: u64 = 1;
 
-/// Fields of a treefile that change the tree, and that only rpm-ostree carries out.
-const NOT_BY_DNF: [&str; 19] = [
-    "bootstrap-packages",
-    "check-groups",
-    "check-passwd",
-    "cliwrap",
-    "container-cmd",
-    "extra-kargs",
-    "gpg-key",
-    "ima",
-    "initramfs-args-legacy",
-    "lockfile-repos",
-    "modules",
-    "opt-usrlocal",
-    "opt-usrlocal-overlays",
-    "ostree-layers",
-    "ostree-override-layers",
-    "platform-module",
-    "remove-from-packages",
-    "repo-packages",
-    "sysusers",
-];
-
 impl Engine for DnfEngine {
     fn name(&self) -> &'static str {
         "dnf"
     }
 
-    fn compose(&self, job: &Job) -> Result<Option<Commit>> {
-        if !job.options.lockfile.is_empty() || job.options.write_lockfile_to.is_some() {
-            return Err(Usage("the dnf engine has no lockfiles yet: use --engine rpm-ostree".into()).into());
-        }
-        let flattened = treefile::load(job.treefile, &Machine::host())?;
-        supported(&flattened)?;
-        let Some(ref_name) = flattened.treefile.treeref.clone() else {
-            reject!("{} has no ref: add `ref: NAME`", job.treefile.display());
-        };
+    fn plan(&self, job: &Job) -> Result<Option<Plan>> {
+        supported(job)?;
+        let previous = Previous::find(job.repo, job.ref_name)?;
+        let tree = empty_tree(job)?;
+        let mut dnf = Dnf::prepare(job.flattened, &job.work.join("dnf"), job.cache, tree.root(), INSTALL_TIME)?;
+        dnf.pin(&Lockfile::read(&job.options.lockfile)?)?;
+        let packages = job.stages.run("resolving packages", || dnf.resolve())?;
+        write_lockfile(job, &packages, None, source_date_epoch()?)?;
+        Plan::new(job.ref_name.to_owned(), packages, job.flattened, previous.as_ref()).map(Some)
+    }
+
+    fn compose(&self, job: &Job) -> Result<Made> {
+        supported(job)?;
+        let flattened = job.flattened;
         let epoch = source_date_epoch()?;
         // Owner and mode of what is made here are the tree's: they do not depend on the caller.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-        let staging = Staging::new(&job.cache.join("work"), "compose-")?;
-        let root = staging.path().join("root");
-        fs::create_dir(&root)?;
-        let tree = Tree::open(&root)?;
-        for dir in ["dev", "proc", "run", "tmp"] {
-            tree.directory(dir)?;
-        }
-        let dnf =
-            Dnf::prepare(&flattened, &staging.path().join("dnf"), job.cache, &root, epoch.unwrap_or(INSTALL_TIME))?;
-        if job.options.dry_run {
-            stage("resolving packages", || dnf.show())?;
-            return Ok(None);
-        }
-        stage("downloading packages", || dnf.download())?;
-        stage("installing packages", || dnf.install_cached())?;
+        let tree = empty_tree(job)?;
+        let root = tree.root().to_owned();
+        let lockfile = Lockfile::read(&job.options.lockfile)?;
+        let mut dnf = Dnf::prepare(flattened, &job.work.join("dnf"), job.cache, &root, epoch.unwrap_or(INSTALL_TIME))?;
+        let previous = Previous::find(job.repo, job.ref_name)?;
+        let parent = parent(job)?;
+        let files = files_digest(flattened)?;
 
-        let repo = commit::open(job.repo)?;
-        let packages = packages::installed(&root.join(layout::RPMDB), &dnf.home())?;
+        dnf.pin(&lockfile)?;
+        let planned = job.stages.run("downloading packages", || dnf.download())?;
+        let rpms = dnf.files(&planned)?;
+        lockfile.verify(&planned, rpms.as_deref())?;
+        write_lockfile(job, &planned, rpms.as_deref(), epoch)?;
+        let resolved = rpms.map(|rpms| packages::of_files(&rpms, &dnf.home())).transpose()?;
+        match (&resolved, &previous) {
+            (Some(packages), Some(previous)) if !job.options.force_nocache => {
+                let input_hash = input_hash(flattened, &files, packages, epoch);
+                if is_again(previous, job, &input_hash, parent.as_deref())? {
+                    tracing::info!("nothing changed since commit {}: not composed again", previous.commit);
+                    return Ok(Made { commit: previous.commit.clone(), sizes: sizes(packages), written: None });
+                }
+            }
+            (None, _) => {
+                tracing::debug!("not all packages were found by their names: whether they are new is not known")
+            }
+            _ => {}
+        }
+        accounts::preserve(&tree, flattened, previous.as_ref())?;
+        job.stages.run("installing packages", || dnf.install_cached())?;
+        accounts::drop_packaged(&tree)?;
+        let database = root.join(layout::RPMDB);
+        packages::forget_keys(&database, &dnf.home())?;
+        let packages = packages::installed(&database, &dnf.home())?;
+        if let Some(resolved) = resolved.filter(|resolved| *resolved != packages) {
+            let names =
+                |list: &[Package]| list.iter().map(|package| package.listed.name.clone()).collect::<Vec<_>>().join(" ");
+            bail!("dnf resolved {}, but installed {}", names(&resolved), names(&packages));
+        }
+
+        let treefile = &flattened.treefile;
+        if treefile.remove_from_packages.is_some() {
+            customize::remove_from_packages(&tree, treefile, &packages::files(&database, &dnf.home())?)?;
+        }
+        if treefile.readonly_executables == Some(true) {
+            customize::protect_executables(&root)?;
+        }
         let newest = packages.iter().map(|package| package.build_time).max().unwrap_or_default();
         let timestamp = epoch.unwrap_or(newest);
-        let version = choose_version(job, &repo, &flattened, &ref_name, epoch)?;
-        stage("customizing the tree", || customize::customize(&tree, &flattened, version.as_deref()))?;
-        let kernel = stage("making the initramfs", || kernel::prepare(&tree, &flattened.treefile))?;
-        stage("arranging the tree", || {
+        let version = choose_version(job, previous.as_ref(), epoch)?;
+        job.stages.run("customizing the tree", || customize::customize(&tree, flattened, version.as_deref()))?;
+        let kernel = match treefile.container {
+            Some(true) => None,
+            _ => kernel::place(&tree)?,
+        };
+        job.stages.run("arranging the tree", || {
             tree.write("usr/share/rpm-ostree/treefile.json", flattened.to_json().to_string().as_bytes(), 0o644)?;
-            layout::place_rpmdb(&tree)?;
+            let volatile = packages::volatile(&database, &dnf.home())?;
+            layout::place_rpmdb(&tree, treefile.rpmdb)?;
             layout::clean(&tree)?;
-            layout::arrange(&tree, &flattened.treefile)
+            layout::arrange(&tree, treefile, &volatile)?;
+            accounts::check(&tree, flattened, previous.as_ref())
         })?;
+        if treefile.selinux == Some(true) && tree.entry("usr/etc/selinux/config")?.is_none() {
+            reject!(
+                "selinux is true ({}), but the tree has no policy: add a package that has one",
+                flattened.origins.of("selinux")
+            );
+        }
+        let repo = commit::open(job.repo)?;
+        let mut session = Session::begin((&repo, job.repo), &root, treefile.selinux.unwrap_or(true))?;
+        if let Some(kernel) = &kernel {
+            let initramfs = make_initramfs(job, &tree, kernel, &mut session)?;
+            kernel::finish(&tree, treefile, kernel, initramfs.as_deref())?;
+        }
+        customize::finalize(&tree, flattened)?;
         let facts = Facts {
             version: version.as_deref(),
-            title: title(&tree, &ref_name)?,
+            title: title(&tree, job.ref_name)?,
             packages: &packages,
-            input_hash: input_hash(&flattened, &packages)?,
-            kernel,
+            input_hash: input_hash(flattened, &files, &packages, epoch),
+            kernel: kernel.map(|kernel| kernel.version),
             timestamp,
-            extra: extra_metadata(&flattened),
+            extra: extra_metadata(flattened, files),
         };
-        let parent = match &job.options.parent {
-            Some(rev) => match commit::resolve(&repo, rev)? {
-                Some(commit) => Some(commit),
-                None => reject!("--parent {rev}: {} has no such ref or commit", job.repo.display()),
-            },
-            None => None,
-        };
-        let commit = stage("committing", || commit::commit(&repo, &root, &ref_name, parent.as_deref(), &facts))?;
-        Ok(Some(Commit { ref_name, commit, version, repo: job.repo.to_owned() }))
+        let (commit, written) =
+            job.stages.run("committing", || session.commit(job.ref_name, parent.as_deref(), &facts))?;
+        Ok(Made { commit, sizes: sizes(&packages), written })
     }
 }
 
-/// Runs one stage and logs how long it took.
-fn stage<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
-    tracing::info!("{what}");
-    let start = Instant::now();
-    let result = run()?;
-    tracing::info!("{what}: {:.1} s", start.elapsed().as_secs_f64());
-    Ok(result)
+/// Makes the initramfs that the treefile asks for, while the tree's objects are written.
+fn make_initramfs(job: &Job, tree: &Tree, kernel: &Kernel, session: &mut Session) -> Result<Option<PathBuf>> {
+    let treefile = &job.flattened.treefile;
+    if treefile.no_initramfs == Some(true) {
+        return Ok(None);
+    }
+    let make = || job.stages.run("making the initramfs", || kernel::make_initramfs(tree, treefile, kernel, job.work));
+    thread::scope(|scope| {
+        let image = scope.spawn(make);
+        let ahead = job.stages.run("writing objects ahead", || session.write_ahead());
+        let image = image.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        ahead.map(|()| Some(image))
+    })
+}
+
+fn sizes(packages: &[Package]) -> BTreeMap<(String, String), u64> {
+    let key = |package: &Package| (package.listed.name.clone(), package.listed.architecture.clone());
+    packages.iter().map(|package| (key(package), package.size)).collect()
+}
+
+/// Writes the lockfile that `--write-lockfile-to` asks for.
+fn write_lockfile(job: &Job, packages: &[Planned], files: Option<&[PathBuf]>, epoch: Option<u64>) -> Result<()> {
+    let Some(path) = &job.options.write_lockfile_to else { return Ok(()) };
+    let seconds = match epoch {
+        Some(epoch) => epoch,
+        None => SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?.as_secs(),
+    };
+    lockfile::write(path, packages, files, moment::utc(seconds))
+}
+
+/// The commit that `--parent` names.
+fn parent(job: &Job) -> Result<Option<String>> {
+    let Some(rev) = &job.options.parent else { return Ok(None) };
+    let found = match job.repo.join("config").exists() {
+        true => commit::resolve(&commit::open(job.repo)?, rev)?,
+        false => None,
+    };
+    match found {
+        Some(commit) => Ok(Some(commit)),
+        None => reject!("--parent {rev}: {} has no such ref or commit", job.repo.display()),
+    }
+}
+
+/// A tree with the directories that a sandbox needs.
+fn empty_tree(job: &Job) -> Result<Tree> {
+    let root = job.work.join("root");
+    fs::create_dir(&root)?;
+    let tree = Tree::open(&root)?;
+    for dir in ["dev", "proc", "run", "tmp"] {
+        tree.directory(dir)?;
+    }
+    Ok(tree)
 }
 
 /// `SOURCE_DATE_EPOCH`, seconds since 1970 (reproducible-builds.org/specs/source-date-epoch).
@@ -134,26 +209,18 @@ fn source_date_epoch() -> Result<Option<u64>> {
     }
 }
 
-fn choose_version(
-    job: &Job,
-    repo: &ostree::Repo,
-    flattened: &Flattened,
-    ref_name: &str,
-    epoch: Option<u64>,
-) -> Result<Option<String>> {
+fn choose_version(job: &Job, previous: Option<&Previous>, epoch: Option<u64>) -> Result<Option<String>> {
     if let Some(version) = &job.options.version_string {
         return Ok(Some(version.clone()));
     }
-    let Some(prefix) = &flattened.treefile.automatic_version_prefix else { return Ok(None) };
-    let last = match commit::resolve(repo, ref_name)? {
-        Some(commit) => commit::metadata_string(repo, &commit, "version")?,
-        None => None,
-    };
+    let treefile = &job.flattened.treefile;
+    let Some(prefix) = &treefile.automatic_version_prefix else { return Ok(None) };
+    let last = previous.map(|commit| commit.metadata_string("version")).transpose()?.flatten();
     let now = match epoch {
         Some(epoch) => i64::try_from(epoch).unwrap_or(i64::MAX),
         None => ostree::glib::DateTime::now_utc().context("reading the clock")?.to_unix(),
     };
-    let suffix = flattened.treefile.automatic_version_suffix.as_deref();
+    let suffix = treefile.automatic_version_suffix.as_deref();
     version::next(prefix, suffix, last.as_deref(), now).map(Some)
 }
 
@@ -164,49 +231,96 @@ fn title(tree: &Tree, ref_name: &str) -> Result<String> {
     Ok(name.map_or(ref_name, |name| name.trim_matches(['"', '\''])).to_owned())
 }
 
-/// The sha256 over all that went in: the flattened treefile, the files it names,
-/// the packages' headers and this program's version.
-fn input_hash(flattened: &Flattened, packages: &[Package]) -> Result<String> {
+/// Whether the commit before was made of the same, and is what the options ask for.
+fn is_again(previous: &Previous, job: &Job, input_hash: &str, parent: Option<&str>) -> Result<bool> {
+    let version = &job.options.version_string;
+    // What programs of finalize.d read, nobody knows.
+    if !job.flattened.external.finalize.is_empty() {
+        return Ok(false);
+    }
+    Ok(previous.metadata_string(INPUTHASH)?.as_deref() == Some(input_hash)
+        && (version.is_none() || *version == previous.metadata_string("version")?)
+        && (parent.is_none() || parent == previous.parent()?.as_deref()))
+}
+
+/// The sha256 over all that went in: the flattened treefile, the files it names, the
+/// packages' headers, SOURCE_DATE_EPOCH and this program's version.
+fn input_hash(flattened: &Flattened, files: &str, packages: &[Package], epoch: Option<u64>) -> String {
     let mut hasher = Hasher::new();
     let mut add = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_be_bytes());
         hasher.update(bytes);
     };
     add(env!("CARGO_PKG_VERSION").as_bytes());
+    add(epoch.map(|epoch| epoch.to_string()).unwrap_or_default().as_bytes());
     add(flattened.to_json().to_string().as_bytes());
-    let external = &flattened.external;
-    for file in external.add_files.iter().map(|(source, _)| source).chain(&external.postprocess_scripts) {
-        add(&fs::read(file).with_context(|| format!("reading {}", file.display()))?);
-    }
+    add(files.as_bytes());
     for package in packages {
         add(package.header.as_bytes());
+    }
+    hasher.checksum().to_string()
+}
+
+/// The sha256, in hex, over modes and content of the files that the treefile names.
+///
+/// # Errors
+/// When one cannot be read.
+pub fn files_digest(flattened: &Flattened) -> Result<String> {
+    let External { add_files, postprocess_scripts, passwd, group, finalize, .. } = &flattened.external;
+    let files = add_files.iter().map(|(source, _)| source).chain(postprocess_scripts).chain(finalize);
+    let mut hasher = Hasher::new();
+    for file in files.chain(passwd).chain(group) {
+        let bytes = fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+        // A file that is added keeps its mode.
+        let mode = fs::metadata(file).with_context(|| format!("reading {}", file.display()))?.mode() & 0o7777;
+        hasher.update(&mode.to_be_bytes());
+        hasher.update(&(bytes.len() as u64).to_be_bytes());
+        hasher.update(&bytes);
     }
     Ok(hasher.checksum().to_string())
 }
 
-/// The treefile's `add-commit-metadata`.
-fn extra_metadata(flattened: &Flattened) -> Vec<(String, serde_json::Value)> {
+/// The treefile's `add-commit-metadata` and `container-cmd`, and the digest of its files.
+fn extra_metadata(flattened: &Flattened, files: String) -> Vec<(String, serde_json::Value)> {
     let extra = flattened.treefile.add_commit_metadata.iter().flatten();
-    extra.map(|(key, value)| (key.clone(), value.clone())).collect()
+    let mut extra: Vec<_> = extra.map(|(key, value)| (key.clone(), value.clone())).collect();
+    if let Some(command) = &flattened.treefile.container_cmd {
+        // libostree's OSTREE_COMMIT_META_CONTAINER_CMD.
+        extra.push(("ostree.container-cmd".to_owned(), serde_json::json!(command)));
+    }
+    extra.push((commit::FILES.to_owned(), files.into()));
+    extra
 }
 
-/// Refuses what this engine would have to ignore.
-fn supported(flattened: &Flattened) -> Result<()> {
-    let json = flattened.to_json();
-    let set = |name: &&str| {
-        json.get(*name).is_some_and(|value| match value {
-            serde_json::Value::Null | serde_json::Value::Bool(false) => false,
-            serde_json::Value::Array(items) => !items.is_empty(),
-            serde_json::Value::Object(fields) => !fields.is_empty(),
-            _ => true,
-        })
-    };
-    let unsupported: Vec<&str> = NOT_BY_DNF.iter().copied().filter(|name| set(name)).collect();
-    if !unsupported.is_empty() {
+/// Refuses what this engine would have to ignore, and what contradicts itself.
+fn supported(job: &Job) -> Result<()> {
+    let Flattened { treefile, origins, .. } = job.flattened;
+    // rpm-ostree refuses this too, but prints such a treefile.
+    if treefile.machineid_compat == Some(false) && treefile.units.as_ref().is_some_and(|units| !units.is_empty()) {
         reject!(
-            "the treefile sets {}, which the dnf engine does not carry out yet: use --engine rpm-ostree",
-            unsupported.join(", ")
+            "units ({}) has no effect with machineid-compat: false ({}), where systemd presets decide: \
+             write a .preset file instead",
+            origins.of("units"),
+            origins.of("machineid-compat")
         );
+    }
+    let said = |field: &&Field| format!("{} ({})", field.name, origins.of(field.name));
+    let (layering, refused): (Vec<_>, Vec<_>) =
+        treefile.refused_by_dnf().into_iter().partition(|field| field.by_dnf == ByDnf::Layering);
+    let list = |fields: &[&Field]| fields.iter().map(said).collect::<Vec<_>>().join(", ");
+    let mut reasons = Vec::new();
+    if !refused.is_empty() {
+        reasons.push(format!(
+            "the dnf engine does not carry out {}: use --engine rpm-ostree, which does (docs/treefile.md lists what \
+             each engine does)",
+            list(&refused)
+        ));
+    }
+    if !layering.is_empty() {
+        reasons.push(format!("{}: for layering on a booted system, not for a compose", list(&layering)));
+    }
+    if !reasons.is_empty() {
+        reject!("{}", reasons.join("; "));
     }
     Ok(())
 }

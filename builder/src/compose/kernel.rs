@@ -1,27 +1,49 @@
 //! The kernel and its initramfs in /usr/lib/modules/KVER, where OSTree's
-//! bootloader support finds them (libostree, docs/deployment.md).
+//! bootloader support finds them (libostree, docs/deployment.md), and all else of
+//! /boot in /usr/lib/ostree-boot (rpm-ostree, src/libpriv/rpmostree-postprocess.cxx).
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use oscontainer_artifact::digest::Hasher;
 use oscontainer_program::reject;
 
-use super::process;
 use super::sandbox::Sandbox;
 use super::tree::Tree;
+use super::{accounts, process};
 use crate::treefile::Treefile;
+use crate::treefile::types::BootLocation;
 
-/// dracut writes here, inside the tree.
-const SCRATCH: &str = "usr/.oscontainer-initramfs.img";
+/// Where dracut sees the directory that it writes to, and the file's name there.
+const OUTPUT: &str = "/run/oscontainer";
+const INITRAMFS: &str = "initramfs.img";
 
-/// Prepares the kernel that the tree has; gives its version, or `None` for a tree
-/// without one.
+/// What /boot holds besides the kernel, such as boot loaders; and where libostree
+/// before 2018 looks for kernels.
+const OSTREE_BOOT: &str = "usr/lib/ostree-boot";
+
+/// The kernel of a tree.
+pub struct Kernel {
+    /// Its version.
+    pub version: String,
+}
+
+impl Kernel {
+    fn directory(&self) -> String {
+        format!("usr/lib/modules/{}", self.version)
+    }
+}
+
+/// Brings the kernel of the tree to its place; `None` for a tree without one.
 ///
 /// # Errors
-/// Rejected when there is more than one, or no modules for it; when dracut fails.
-pub fn prepare(tree: &Tree, treefile: &Treefile) -> Result<Option<String>> {
+/// Rejected when there is more than one, or no modules for it; when depmod fails.
+pub fn place(tree: &Tree) -> Result<Option<Kernel>> {
     let Some(version) = version(tree)? else { return Ok(None) };
-    let dir = format!("usr/lib/modules/{version}");
+    let kernel = Kernel { version };
+    let (version, dir) = (&kernel.version, kernel.directory());
     if tree.entry(&format!("{dir}/vmlinuz"))?.is_none() {
         tree.rename(&format!("boot/vmlinuz-{version}"), &format!("{dir}/vmlinuz"))?;
     }
@@ -29,26 +51,105 @@ pub fn prepare(tree: &Tree, treefile: &Treefile) -> Result<Option<String>> {
         reject!("the tree has /{dir} but no kernel: neither vmlinuz there nor /boot/vmlinuz-{version}");
     }
     let mut depmod = Sandbox { writable: &[], network: false }.inside(tree.root());
-    depmod.args(["depmod", "--all", &version]);
+    depmod.args(["depmod", "--all", version]);
     process::run("depmod", &mut depmod)?.success("depmod")?;
-    let mut dracut = Sandbox { writable: &[], network: false }.inside(tree.root());
+    keep_boot(tree, version)?;
+    Ok(Some(kernel))
+}
+
+/// Makes the initramfs of the arranged tree, which is only read, below `work`.
+///
+/// # Errors
+/// Rejected when dracut fails.
+pub fn make_initramfs(tree: &Tree, treefile: &Treefile, kernel: &Kernel, work: &Path) -> Result<PathBuf> {
+    let output = work.join("initramfs");
+    fs::create_dir(&output)?;
+    let sandbox = Sandbox { writable: &[(&output, Path::new(OUTPUT))], network: false };
+    let mut dracut = sandbox.arranged(tree.root())?;
+    // dracut looks for users in /etc only.
+    for file in ["passwd", "group"] {
+        let whole = work.join(file);
+        fs::write(&whole, accounts::whole(tree, file)?)?;
+        dracut.arg("--ro-bind").arg(whole).arg(format!("/etc/{file}"));
+    }
     dracut.args(["dracut", "--no-hostonly", "--reproducible", "--force", "--add", "ostree", "--tmpdir", "/tmp"]);
     // gzip through pigz or xz with threads would write other bytes on other machines.
     dracut.args(["--compress", "gzip -n -6"]);
     dracut.args(treefile.initramfs_args.iter().flatten());
-    dracut.args(["--kver", &version, &format!("/{SCRATCH}")]);
+    dracut.args(["--kver", &kernel.version, &format!("{OUTPUT}/{INITRAMFS}")]);
     let ended = process::run("dracut", &mut dracut)?;
+    ended.has_space()?;
     if !ended.status.success() {
         reject!("dracut ended with {}; its last lines:{}", ended.status, ended.tail());
     }
-    let Some(image) = tree.entry(SCRATCH)? else {
-        reject!("dracut made no initramfs; its last lines:{}", ended.tail())
+    let image = output.join(INITRAMFS);
+    if !image.exists() {
+        reject!("dracut made no initramfs; its last lines:{}", ended.tail());
+    }
+    Ok(image)
+}
+
+/// Puts the initramfs, where there is one, beside the kernel, and links both where old
+/// systems look for them.
+///
+/// # Errors
+/// When files cannot be moved or linked.
+pub fn finish(tree: &Tree, treefile: &Treefile, kernel: &Kernel, initramfs: Option<&Path>) -> Result<()> {
+    let dir = kernel.directory();
+    let mut names = vec!["vmlinuz"];
+    if let Some(image) = initramfs {
+        fs::set_permissions(image, PermissionsExt::from_mode(0o600))?;
+        let place = tree.place(&format!("{dir}/{INITRAMFS}"))?;
+        fs::rename(image, &place).with_context(|| format!("moving the initramfs to {}", place.display()))?;
+        names.push(INITRAMFS);
+    }
+    if treefile.boot_location.unwrap_or(BootLocation::New) == BootLocation::New {
+        link_as_before(tree, &dir, &kernel.version, &names)?;
+    }
+    Ok(())
+}
+
+/// Moves what packages have in /boot to its place in /usr; /boot stays as a mount point.
+fn keep_boot(tree: &Tree, version: &str) -> Result<()> {
+    for ours in [format!("vmlinuz-{version}"), format!("initramfs-{version}.img"), format!("initrd.img-{version}")] {
+        tree.remove(&format!("boot/{ours}"))?;
+    }
+    let holds = |place: Option<PathBuf>| -> Result<bool> {
+        Ok(match place {
+            Some(place) => fs::read_dir(place)?.next().is_some(),
+            None => false,
+        })
     };
-    fs::set_permissions(&image, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-    tree.rename(SCRATCH, &format!("{dir}/initramfs.img"))?;
+    if holds(tree.find("boot")?)? {
+        if holds(tree.find(OSTREE_BOOT)?)? {
+            reject!("packages have content in both /boot and /{OSTREE_BOOT}, where it would go");
+        }
+        tree.rename("boot", OSTREE_BOOT)?;
+    }
     tree.remove("boot")?;
-    tree.directory("boot")?;
-    Ok(Some(version))
+    tree.directory("boot").map(drop)
+}
+
+/// Links kernel and initramfs under the names by which old versions of libostree find them.
+fn link_as_before(tree: &Tree, dir: &str, version: &str, names: &[&str]) -> Result<()> {
+    let mut hasher = Hasher::new();
+    let mut places = Vec::new();
+    for name in names {
+        let place = tree.find(&format!("{dir}/{name}"))?.with_context(|| format!("finding the tree's {name}"))?;
+        let file = File::open(&place).with_context(|| format!("opening {}", place.display()))?;
+        hasher.update_from(file).with_context(|| format!("reading {}", place.display()))?;
+        places.push(place);
+    }
+    let checksum = hasher.checksum();
+    for (name, place) in names.iter().zip(places) {
+        let link = match *name {
+            "vmlinuz" => format!("vmlinuz-{version}-{checksum}"),
+            _ => format!("initramfs-{version}.img-{checksum}"),
+        };
+        let link = tree.place(&format!("{OSTREE_BOOT}/{link}"))?;
+        fs::hard_link(&place, &link).with_context(|| format!("linking {}", link.display()))?;
+    }
+    Ok(())
 }
 
 fn version(tree: &Tree) -> Result<Option<String>> {

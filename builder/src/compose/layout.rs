@@ -2,6 +2,7 @@
 //! /usr, /etc as its template in /usr/etc, /var empty, and links where a system
 //! expects directories (libostree, docs/adapting-existing.md).
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -9,11 +10,14 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use oscontainer_program::reject;
+use rustix::fs::FileType;
 
 use super::accounts::Accounts;
+use super::packages::Volatile;
 use super::process;
 use super::tree::Tree;
 use crate::treefile::Treefile;
+use crate::treefile::types::{OptUsrLocal, RpmdbBackend};
 
 /// Links of the root directory: name and what it holds.
 const LINKS: [(&str, &str); 8] = [
@@ -26,14 +30,22 @@ const LINKS: [(&str, &str); 8] = [
     ("ostree", "sysroot/ostree"),
     ("usr/local", "../var/usrlocal"),
 ];
+/// What else the root directory holds.
+const TOPLEVEL: [&str; 15] = [
+    "bin", "boot", "dev", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "sysroot", "tmp", "usr",
+    "var",
+];
 /// Directories of /var that the links need; made at every boot.
 const VAR_DIRECTORIES: &str = "\
 d /var/home 0755 root root - -
-d /var/opt 0755 root root - -
 d /var/srv 0755 root root - -
 d /var/roothome 0700 root root - -
 d /var/mnt 0755 root root - -
 d /run/media 0755 root root - -
+";
+/// Those for /opt and /usr/local.
+const OPT_DIRECTORIES: &str = "\
+d /var/opt 0755 root root - -
 d /var/usrlocal 0755 root root - -
 d /var/usrlocal/bin 0755 root root - -
 d /var/usrlocal/etc 0755 root root - -
@@ -86,15 +98,20 @@ pub fn clean(tree: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Moves everything to its place. The tree must have been cleaned.
+/// Moves everything to its place. The tree must have been cleaned; `volatile` is what packages
+/// have below /run.
 ///
 /// # Errors
 /// Rejected when the tree holds what a commit cannot.
-pub fn arrange(tree: &Tree, treefile: &Treefile) -> Result<()> {
+pub fn arrange(tree: &Tree, treefile: &Treefile, volatile: &[Volatile]) -> Result<()> {
     let accounts = Accounts::read(tree)?;
     super::accounts::split(tree, treefile.etc_group_members.as_deref().unwrap_or_default())?;
-    for (link, target) in LINKS {
+    let stay: &[&str] = if treefile.opt_usrlocal == Some(OptUsrLocal::Root) { &["opt", "usr/local"] } else { &[] };
+    for (link, target) in LINKS.into_iter().filter(|(link, _)| !stay.contains(link)) {
         replace_directory(tree, link, target)?;
+    }
+    for dir in stay {
+        tree.directory(dir)?;
     }
     tree.directory("sysroot")?;
     if treefile.tmp_is_dir.unwrap_or(false) {
@@ -102,7 +119,7 @@ pub fn arrange(tree: &Tree, treefile: &Treefile) -> Result<()> {
     } else {
         tree.link("tmp", "sysroot/tmp")?;
     }
-    empty_var(tree, &accounts)?;
+    empty_var(tree, &accounts, stay.is_empty(), volatile)?;
     // An empty machine-id makes systemd set one up at the first boot.
     if treefile.machineid_compat.unwrap_or(true) {
         tree.write("etc/machine-id", b"", 0o644)?;
@@ -113,7 +130,24 @@ pub fn arrange(tree: &Tree, treefile: &Treefile) -> Result<()> {
         reject!("a package has /usr/etc, which is the place of /etc's template in an OSTree commit");
     }
     tree.rename("etc", "usr/etc")?;
-    check(tree.root(), tree.root())
+    check_toplevel(tree.root())?;
+    check(tree.root(), tree.root(), treefile.ignore_devices.unwrap_or(true))
+}
+
+/// Rejects content beside what an OSTree-based system has in its root: a node would
+/// mount it read-only, and nobody would look for it there. An empty directory is a
+/// mount point.
+fn check_toplevel(root: &Path) -> Result<()> {
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let known = TOPLEVEL.iter().any(|known| name == *known) || LINKS.iter().any(|(link, _)| name == *link);
+        let empty = entry.file_type()?.is_dir() && fs::read_dir(entry.path())?.next().is_none();
+        if !known && !empty {
+            reject!("a package has content in /{}, which is not part of an OSTree commit", name.display());
+        }
+    }
+    Ok(())
 }
 
 /// Replaces a directory of the root by a link; what it holds goes below /var's
@@ -131,20 +165,73 @@ fn replace_directory(tree: &Tree, link: &str, target: &str) -> Result<()> {
     tree.link(link, target)
 }
 
-/// Describes /var for systemd-tmpfiles and empties it. Nothing is lost: regular
-/// files move to /usr/share/factory and are copied from there at boot.
-fn empty_var(tree: &Tree, accounts: &Accounts) -> Result<()> {
+/// Describes /var and /run for systemd-tmpfiles and empties /var. Nothing is lost: regular
+/// files move to /usr/share/factory and are copied from there at boot. With `opt`,
+/// /opt and /usr/local are links into it.
+fn empty_var(tree: &Tree, accounts: &Accounts, opt: bool, volatile: &[Volatile]) -> Result<()> {
     let var = tree.directory("var")?;
     let mut lines = Vec::new();
     describe(&var, "/var", tree, accounts, &mut lines)?;
+    for entry in volatile {
+        lines.push(describe_volatile(entry)?);
+    }
     lines.sort();
-    let ours = VAR_DIRECTORIES.lines().map(|line| line.split(' ').nth(1).unwrap_or_default()).collect::<Vec<_>>();
-    lines.retain(|line| line.split(' ').nth(1).is_none_or(|path| !ours.contains(&path)));
-    tree.write("usr/lib/tmpfiles.d/rpm-ostree-1-autovar.conf", VAR_DIRECTORIES.as_bytes(), 0o644)?;
+    lines.dedup();
+    let directories = if opt { [VAR_DIRECTORIES, OPT_DIRECTORIES].concat() } else { VAR_DIRECTORIES.to_owned() };
+    // What a package says itself counts, but for a file that it has content for; systemd-tmpfiles
+    // warns of a second line.
+    let mut known = tmpfiles(tree)?;
+    known.extend(directories.lines().filter_map(made_by));
+    lines.retain(|line| line.starts_with("C ") || made_by(line).is_none_or(|path| !known.contains(&path)));
+    tree.write("usr/lib/tmpfiles.d/rpm-ostree-1-autovar.conf", directories.as_bytes(), 0o644)?;
     let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
     tree.write("usr/lib/tmpfiles.d/rpm-ostree-autovar.conf", text.as_bytes(), 0o644)?;
     tree.remove("var")?;
     tree.directory("var").map(drop)
+}
+
+/// The paths that the tree's own tmpfiles.d make.
+fn tmpfiles(tree: &Tree) -> Result<BTreeSet<String>> {
+    let mut paths = BTreeSet::new();
+    let Some(dir) = tree.find("usr/lib/tmpfiles.d")? else { return Ok(paths) };
+    for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".conf")
+            && let Some(file) = tree.find(&format!("usr/lib/tmpfiles.d/{name}"))?
+        {
+            let bytes = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+            paths.extend(String::from_utf8_lossy(&bytes).lines().filter_map(made_by));
+        }
+    }
+    Ok(paths)
+}
+
+/// The path that a line of tmpfiles.d(5) makes, where it makes one.
+fn made_by(line: &str) -> Option<String> {
+    let mut fields = line.split_whitespace();
+    let kind = fields.next()?;
+    let makes = kind.starts_with(['d', 'D', 'v', 'q', 'Q', 'f', 'F', 'C', 'L', 'p', 'c', 'b']);
+    makes.then(|| fields.next()).flatten().map(|path| path.trim_end_matches('/').to_owned())
+}
+
+/// The line of tmpfiles.d(5) that makes what a package has below /run.
+fn describe_volatile(entry: &Volatile) -> Result<String> {
+    let Volatile { path, mode, owner: (user, group), target } = entry;
+    let (escaped, permissions) = (escape(path)?, mode & 0o7777);
+    Ok(match FileType::from_raw_mode(*mode) {
+        FileType::Directory => format!("d {escaped} {permissions:04o} {user} {group} - -"),
+        FileType::Symlink => format!("L {escaped} - - - - {}", target.replace('%', "%%")),
+        _ => reject!("a package has the file {path}, which would be gone after a boot"),
+    })
+}
+
+/// A path as tmpfiles.d(5) takes it.
+fn escape(path: &str) -> Result<String> {
+    if path.contains(char::is_whitespace) {
+        reject!("{path:?} of the tree has white space in its name, which tmpfiles.d cannot express here");
+    }
+    // It would begin a specifier.
+    Ok(path.replace('%', "%%"))
 }
 
 /// Adds the lines of tmpfiles.d(5) that make what is below `dir`.
@@ -155,23 +242,21 @@ fn describe(dir: &Path, path: &str, tree: &Tree, accounts: &Accounts, lines: &mu
             reject!("{path} of the tree holds a name that is not UTF-8");
         };
         let path = format!("{path}/{name}");
-        if path.contains(char::is_whitespace) {
-            reject!("{path:?} of the tree has white space in its name, which tmpfiles.d cannot express here");
-        }
+        let escaped = escape(&path)?;
         let meta = entry.path().symlink_metadata()?;
         let owner = format!("{} {}", accounts.user(meta.uid()), accounts.group(meta.gid()));
         let mode = meta.mode() & 0o7777;
         if meta.is_dir() {
-            lines.push(format!("d {path} {mode:04o} {owner} - -"));
+            lines.push(format!("d {escaped} {mode:04o} {owner} - -"));
             describe(&entry.path(), &path, tree, accounts, lines)?;
         } else if meta.is_symlink() {
             let target = fs::read_link(entry.path())?;
-            lines.push(format!("L {path} - - - - {}", target.display()));
+            lines.push(format!("L {escaped} - - - - {}", target.display().to_string().replace('%', "%%")));
         } else if meta.is_file() {
             let factory = format!("{FACTORY}{path}");
             tracing::info!("{path} is a regular file: it moves to /{factory} and is copied back at boot");
             tree.rename(&path, &factory)?;
-            lines.push(format!("C {path} {mode:04o} {owner} - /{factory}"));
+            lines.push(format!("C {escaped} {mode:04o} {owner} - /{FACTORY}{escaped}"));
         } else {
             reject!("{path} of the tree is a device, socket or pipe, which a commit cannot hold");
         }
@@ -182,16 +267,24 @@ fn describe(dir: &Path, path: &str, tree: &Tree, accounts: &Accounts, lines: &mu
 /// Puts the rpm database in its places, readable on a read-only /usr.
 ///
 /// # Errors
-/// When sqlite3 is missing or fails.
-pub fn place_rpmdb(tree: &Tree) -> Result<()> {
+/// Rejected when the tree's own rpm could not read it; when sqlite3 is missing or fails.
+pub fn place_rpmdb(tree: &Tree, backend: Option<RpmdbBackend>) -> Result<()> {
     let Some(dir) = tree.find(RPMDB)? else { reject!("the tree has no rpm database: no package was installed") };
     let database = dir.join("rpmdb.sqlite");
     if database.exists() {
         let mut command = Command::new("sqlite3");
         command.arg(&database).arg("PRAGMA journal_mode=DELETE;");
         process::output("sqlite3", &mut command)?;
+        let macros = tree.read("usr/lib/rpm/macros")?.unwrap_or_default();
+        let wanted = macros.lines().find_map(|line| line.strip_prefix("%_db_backend")).map(str::trim);
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != "sqlite" && backend != Some(RpmdbBackend::Host)) {
+            reject!(
+                "rpmdb: the rpm in the tree has its database in the format {wanted:?}, and the dnf engine writes \
+                 sqlite: use --engine rpm-ostree, or `rpmdb: host` to keep it so"
+            );
+        }
     }
-    for leftover in [".rpm.lock", "rpmdb.sqlite-shm", "rpmdb.sqlite-wal"] {
+    for leftover in [".rpm.lock", "pubkeys", "rpmdb.sqlite-shm", "rpmdb.sqlite-wal"] {
         tree.remove(&format!("{RPMDB}/{leftover}"))?;
     }
     let base = tree.directory(BASE_RPMDB)?;
@@ -207,13 +300,26 @@ pub fn place_rpmdb(tree: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Rejects what a commit cannot hold, with its path.
-fn check(dir: &Path, root: &Path) -> Result<()> {
+/// Rejects what a commit cannot hold, with its path. Device nodes are left out where
+/// `ignore_devices`, but for overlayfs's whiteouts, which get the name that libostree
+/// knows for them.
+fn check(dir: &Path, root: &Path, ignore_devices: bool) -> Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let kind = entry.file_type()?;
         if kind.is_dir() {
-            check(&entry.path(), root)?;
+            check(&entry.path(), root, ignore_devices)?;
+        } else if ignore_devices && kind.is_char_device() && entry.metadata()?.rdev() == 0 {
+            let mut quoted = std::ffi::OsString::from(".ostree-wh.");
+            quoted.push(entry.file_name());
+            let quoted = entry.path().with_file_name(quoted);
+            let mode = entry.metadata()?.mode() & 0o7777;
+            fs::remove_file(entry.path())?;
+            fs::write(&quoted, "").with_context(|| format!("writing {}", quoted.display()))?;
+            fs::set_permissions(&quoted, fs::Permissions::from_mode(mode))?;
+        } else if ignore_devices && (kind.is_block_device() || kind.is_char_device()) {
+            tracing::info!("leaving out the device node {}", entry.path().display());
+            fs::remove_file(entry.path())?;
         } else if kind.is_block_device() || kind.is_char_device() || kind.is_fifo() || kind.is_socket() {
             let path = entry.path();
             let path = path.strip_prefix(root).unwrap_or(&path);

@@ -1,33 +1,29 @@
 //! The packages of the tree, as its rpm database has them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use oscontainer_artifact::object;
 
 use super::process;
 
 /// One installed package.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Package {
-    /// Its name.
-    pub name: String,
-    /// Its epoch, `0` where it has none.
-    pub epoch: String,
-    /// Its version.
-    pub version: String,
-    /// Its release.
-    pub release: String,
-    /// Its architecture.
-    pub arch: String,
+    /// Name, version and architecture, as a commit lists it.
+    pub listed: object::Package,
     /// Seconds since 1970.
     pub build_time: u64,
-    /// The sha256 of its header, in hex: what pins its content.
+    /// The sha256 (of old packages the sha1) of its header, in hex: what pins its content.
     pub header: String,
+    /// Bytes that it takes installed.
+    pub size: u64,
 }
 
 /// rpm's query for the fields of [`Package`], in their order.
-const QUERY: &str = "%{NAME}\t%{EPOCHNUM}\t%{VERSION}\t%{RELEASE}\t%{ARCH}\t%{BUILDTIME}\t%{SHA256HEADER}\n";
+const QUERY: &str = "%{NAME}\t%{EPOCHNUM}\t%{VERSION}\t%{RELEASE}\t%{ARCH}\t%{BUILDTIME}\t\
+                     %|SHA256HEADER?{%{SHA256HEADER}}:{%{SHA1HEADER}}|\t%{LONGSIZE}\n";
 
 /// The packages in the database `dbpath` (a host path), sorted.
 ///
@@ -36,19 +32,112 @@ const QUERY: &str = "%{NAME}\t%{EPOCHNUM}\t%{VERSION}\t%{RELEASE}\t%{ARCH}\t%{BU
 pub fn installed(dbpath: &Path, home: &Path) -> Result<Vec<Package>> {
     let mut command = Command::new("rpm");
     command.env("HOME", home).arg("--dbpath").arg(dbpath).args(["--query", "--all", "--queryformat", QUERY]);
-    let mut packages = process::output("rpm", &mut command)?.lines().map(parse).collect::<Result<Vec<_>>>()?;
+    query(&mut command)
+}
+
+/// Removes the public keys that dnf keeps in the database `dbpath` as if they were packages.
+///
+/// # Errors
+/// When rpm cannot change the database.
+pub fn forget_keys(dbpath: &Path, home: &Path) -> Result<()> {
+    const KEYS: &str = "gpg-pubkey";
+    let rpm = || {
+        let mut command = Command::new("rpm");
+        command.env("HOME", home).arg("--dbpath").arg(dbpath);
+        command
+    };
+    let listed = process::output("rpm", rpm().args(["--query", "--all", KEYS]))?;
+    if listed.is_empty() {
+        return Ok(());
+    }
+    process::output(
+        "rpm",
+        rpm().args(["--erase", "--justdb", "--nodeps", "--noscripts", "--notriggers"]).args(listed.lines()),
+    )
+    .map(drop)
+}
+
+/// The packages that `files` are, sorted.
+///
+/// # Errors
+/// When rpm cannot read one.
+pub fn of_files(files: &[PathBuf], home: &Path) -> Result<Vec<Package>> {
+    let mut command = Command::new("rpm");
+    // dnf has checked the signatures, with keys that this rpm has not.
+    command.env("HOME", home).args(["--query", "--nosignature", "--queryformat", QUERY, "--package"]).args(files);
+    query(&mut command)
+}
+
+fn query(command: &mut Command) -> Result<Vec<Package>> {
+    let mut packages = process::output("rpm", command)?.lines().map(parse).collect::<Result<Vec<_>>>()?;
     packages.sort();
     Ok(packages)
 }
 
+/// The paths of all packages in the database: name and absolute path, directories too.
+///
+/// # Errors
+/// When rpm cannot read the database.
+pub fn files(dbpath: &Path, home: &Path) -> Result<Vec<(String, String)>> {
+    let mut command = Command::new("rpm");
+    command.env("HOME", home).arg("--dbpath").arg(dbpath);
+    command.args(["--query", "--all", "--queryformat", "[%{=NAME}\t%{FILENAMES}\n]"]);
+    let text = process::output("rpm", &mut command)?;
+    let pairs = text.lines().filter_map(|line| line.split_once('\t'));
+    Ok(pairs.map(|(name, path)| (name.to_owned(), path.to_owned())).collect())
+}
+
+/// What a package has below /run, which is empty at every boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volatile {
+    /// Its absolute path.
+    pub path: String,
+    /// File type and permissions.
+    pub mode: u32,
+    /// Owner and group by name.
+    pub owner: (String, String),
+    /// Where a symbolic link leads.
+    pub target: String,
+}
+
+/// What packages in the database have below /run, but for `%ghost` files, which only programs make.
+///
+/// # Errors
+/// When rpm cannot read the database.
+pub fn volatile(dbpath: &Path, home: &Path) -> Result<Vec<Volatile>> {
+    const GHOST: u32 = 1 << 6; // RPMFILE_GHOST (rpm, lib/rpmfiles.h)
+    let mut command = Command::new("rpm");
+    command.env("HOME", home).arg("--dbpath").arg(dbpath);
+    let format = "[%{FILEMODES}\t%{FILEFLAGS}\t%{FILEUSERNAME}\t%{FILEGROUPNAME}\t%{FILELINKTOS}\t%{FILENAMES}\n]";
+    let text = process::output("rpm", command.args(["--query", "--all", "--queryformat", format]))?;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        let Some((rest, path)) = line.rsplit_once('\t') else { continue };
+        // These two are links in every tree with systemd.
+        let links = [("/run/", "/run/"), ("/var/run/", "/run/"), ("/var/lock/", "/run/lock/")];
+        let Some(path) = links.iter().find_map(|(from, to)| Some(format!("{to}{}", path.strip_prefix(from)?))) else {
+            continue;
+        };
+        let [mode, flags, user, group, target] = fields(rest)?;
+        let number = |text: &str| text.parse::<u32>().with_context(|| format!("reading rpm's answer {line:?}"));
+        if number(flags)? & GHOST == 0 {
+            let owner = (user.to_owned(), group.to_owned());
+            found.push(Volatile { path, mode: number(mode)?, owner, target: target.to_owned() });
+        }
+    }
+    Ok(found)
+}
+
 fn parse(line: &str) -> Result<Package> {
-    let fields: [&str; 7] = line
-        .split('\t')
-        .collect::<Vec<_>>()
-        .try_into()
-        .ok()
-        .with_context(|| format!("reading rpm's answer {line:?}"))?;
-    let [name, epoch, version, release, arch, build_time, header] = fields.map(str::to_owned);
-    let build_time = build_time.parse().with_context(|| format!("reading the build time of {name}"))?;
-    Ok(Package { name, epoch, version, release, arch, build_time, header })
+    let [name, epoch, version, release, architecture, build_time, header, size] = fields(line)?.map(str::to_owned);
+    let number = |text: &str| text.parse().with_context(|| format!("reading rpm's answer {line:?}"));
+    let (build_time, size) = (number(&build_time)?, number(&size)?);
+    let listed = object::Package { name, epoch, version, release, architecture };
+    Ok(Package { listed, build_time, header, size })
+}
+
+/// The fields of a line of rpm's answer.
+fn fields<const N: usize>(line: &str) -> Result<[&str; N]> {
+    let fields: Vec<&str> = line.split('\t').collect();
+    fields.try_into().ok().with_context(|| format!("reading rpm's answer {line:?}"))
 }

@@ -6,6 +6,8 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result};
+use oscontainer_program::stop;
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
 /// How many of the last lines are part of an error.
 const TAIL: usize = 20;
@@ -30,6 +32,17 @@ impl Ended {
         self.lines.iter().map(String::as_str).find(|line| texts.iter().any(|text| line.contains(text)))
     }
 
+    /// Requires that no disk was full, which is nobody's mistake and may pass.
+    ///
+    /// # Errors
+    /// As said.
+    pub fn has_space(&self) -> Result<()> {
+        match self.find(&["No space left on device"]).filter(|_| !self.status.success()) {
+            Some(line) => anyhow::bail!("a disk is full: {}; the last lines:{}", line.trim(), self.tail()),
+            None => Ok(()),
+        }
+    }
+
     /// Requires success; `what` ran says the error, with the last lines.
     ///
     /// # Errors
@@ -46,8 +59,9 @@ impl Ended {
 /// logged with `name` in front.
 ///
 /// # Errors
-/// When it cannot be started, naming the package to install is up to the caller.
+/// When it cannot be started, or a signal stopped it and this program.
 pub fn run(name: &str, command: &mut Command) -> Result<Ended> {
+    stop::check()?;
     let (reader, writer) = std::io::pipe().context("making a pipe")?;
     tracing::debug!("running {command:?}");
     let mut child = command
@@ -58,6 +72,7 @@ pub fn run(name: &str, command: &mut Command) -> Result<Ended> {
         .with_context(|| format!("starting {name} ({:?}): is it installed?", command.get_program()))?;
     // The command holds the pipe's writing end, and the pipe ends only without it.
     command.stdout(Stdio::null()).stderr(Stdio::null());
+    let running = stop::Child::new(child.id());
     let mut lines = VecDeque::new();
     for line in BufReader::new(reader).split(b'\n') {
         let line = String::from_utf8_lossy(&line.context("reading a program's output")?).trim_end().to_owned();
@@ -66,7 +81,11 @@ pub fn run(name: &str, command: &mut Command) -> Result<Ended> {
             lines.push_back(line);
         }
     }
+    // Its number is its own until it was waited for.
+    waitid(WaitId::Pid(Pid::from_child(&child)), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
+    drop(running);
     let status = child.wait().with_context(|| format!("waiting for {name}"))?;
+    stop::check()?;
     Ok(Ended { status, lines: lines.into() })
 }
 
@@ -76,11 +95,18 @@ pub fn run(name: &str, command: &mut Command) -> Result<Ended> {
 /// # Errors
 /// When it cannot be started or fails.
 pub fn output(name: &str, command: &mut Command) -> Result<String> {
+    stop::check()?;
     tracing::debug!("running {command:?}");
-    let output = command
+    let child = command
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .with_context(|| format!("starting {name} ({:?}): is it installed?", command.get_program()))?;
+    let running = stop::Child::new(child.id());
+    let output = child.wait_with_output().with_context(|| format!("waiting for {name}"))?;
+    drop(running);
+    stop::check()?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         anyhow::bail!("{name} ended with {}: {}", output.status, stderr.trim());

@@ -1,15 +1,16 @@
 //! The `rpm-ostree` engine: `rpm-ostree compose tree` does all of it.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use oscontainer_artifact::digest::Checksum;
 use oscontainer_program::reject;
-use oscontainer_program::staging::Staging;
 
-use super::{Commit, Engine, Job, commit, process};
-use crate::treefile::{self, Machine};
+use super::plan::Plan;
+use super::process::{self, Ended};
+use super::{Engine, Job, Made, commit};
 
 /// Its lines that say that trying again may help; all else is the input's fault.
 const RETRY: [&str; 6] = [
@@ -35,64 +36,91 @@ impl Engine for RpmOstree {
         "rpm-ostree"
     }
 
-    fn compose(&self, job: &Job) -> Result<Option<Commit>> {
-        let options = job.options;
-        let flattened = treefile::load(job.treefile, &Machine::host())?;
-        let Some(ref_name) = flattened.treefile.treeref.clone() else {
-            reject!("{} has no ref: add `ref: NAME`", job.treefile.display());
-        };
-        let repo = commit::open(job.repo)?;
-        let staging = Staging::new(&job.cache.join("work"), "compose-")?;
-        let id_file = staging.path().join("commitid");
-        let cache = job.cache.join("rpm-ostree");
-        fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
+    fn plan(&self, job: &Job) -> Result<Option<Plan>> {
+        // A dry run makes no repository where there is none, but rpm-ostree asks for one.
+        let scratch = job.work.join("repo");
+        let repo = if job.repo.join("config").exists() { job.repo } else { &scratch };
+        // It says itself what it would install.
+        compose_tree(job, repo, &["--dry-run"]).map(|_| None)
+    }
 
-        let mut command = Command::new("rpm-ostree");
-        command.args(["compose", "tree", "--unified-core"]);
-        command.arg("--repo").arg(job.repo).arg("--cachedir").arg(&cache).arg("--write-commitid-to").arg(&id_file);
-        match &options.parent {
-            Some(parent) => command.arg("--parent").arg(parent),
-            None => command.arg("--no-parent"),
-        };
-        if let Some(version) = &options.version_string {
-            command.arg("--add-metadata-string").arg(format!("version={version}"));
-        }
-        for lockfile in &options.lockfile {
-            command.arg("--ex-lockfile").arg(lockfile);
-        }
-        if let Some(file) = &options.write_lockfile_to {
-            command.arg("--ex-write-lockfile-to").arg(file);
-        }
-        for (set, option) in [(options.force_nocache, "--force-nocache"), (options.dry_run, "--dry-run")] {
-            if set {
-                command.arg(option);
-            }
-        }
-        let ended = process::run("rpm-ostree", command.arg(job.treefile))?;
-        if !ended.status.success() {
-            if ended.find(&RETRY).is_some() {
-                anyhow::bail!("rpm-ostree ended with {}; its last lines:{}", ended.status, ended.tail());
-            }
-            reject!("rpm-ostree ended with {}; its last lines:{}", ended.status, ended.tail());
-        }
-        if options.dry_run {
-            return Ok(None);
-        }
-        let commit = match fs::read_to_string(&id_file) {
+    fn compose(&self, job: &Job) -> Result<Made> {
+        let repo = commit::open(job.repo)?;
+        // What rpm-ostree writes has no ref until we set it: nobody may prune it before.
+        let transaction = commit::begin(&repo)?;
+        let ended = job.stages.run("composing", || compose_tree(job, job.repo, &[]))?;
+        let commit = match fs::read_to_string(id_file(job)) {
             // With --write-commitid-to, rpm-ostree leaves the ref to its caller.
             Ok(id) => {
                 let id: Checksum = id.trim().parse().context("reading the commit that rpm-ostree wrote")?;
-                commit::set_ref(&repo, &ref_name, &id.to_string())?;
+                commit::set_ref(&repo, transaction, job.ref_name, &id.to_string())?;
                 id.to_string()
             }
             // Nothing changed: it wrote no commit and no file.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => match commit::resolve(&repo, &ref_name)? {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => match commit::resolve(&repo, job.ref_name)? {
                 Some(commit) => commit,
                 None => reject!("rpm-ostree ended well, but made no commit; its last lines:{}", ended.tail()),
             },
-            Err(error) => return Err(error).with_context(|| format!("reading {}", id_file.display())),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", id_file(job).display())),
         };
-        let version = commit::metadata_string(&repo, &commit, "version")?;
-        Ok(Some(Commit { ref_name, commit, version, repo: job.repo.to_owned() }))
+        Ok(Made { commit, ..Made::default() })
+    }
+}
+
+/// Where rpm-ostree writes the commit's checksum.
+fn id_file(job: &Job) -> PathBuf {
+    job.work.join("commitid")
+}
+
+/// Runs `rpm-ostree compose tree` on `repo`, which is made where there is none.
+fn compose_tree(job: &Job, repo: &Path, more: &[&str]) -> Result<Ended> {
+    let options = job.options;
+    commit::open(repo)?;
+    let cache = job.cache.join("rpm-ostree");
+    fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
+    let mut command = contained();
+    command.args(["rpm-ostree", "compose", "tree", "--unified-core"]);
+    command.arg("--repo").arg(repo).arg("--cachedir").arg(&cache).arg("--write-commitid-to").arg(id_file(job));
+    match &options.parent {
+        Some(parent) => command.arg("--parent").arg(parent),
+        None => command.arg("--no-parent"),
+    };
+    if let Some(version) = &options.version_string {
+        command.arg("--add-metadata-string").arg(format!("version={version}"));
+    }
+    for lockfile in &options.lockfile {
+        command.arg("--ex-lockfile").arg(lockfile);
+    }
+    if let Some(file) = &options.write_lockfile_to {
+        command.arg("--ex-write-lockfile-to").arg(file);
+    }
+    if options.force_nocache {
+        command.arg("--force-nocache");
+    }
+    let ended = process::run("rpm-ostree", command.args(more).arg(job.treefile))?;
+    if !ended.status.success() {
+        if ended.find(&RETRY).is_some() {
+            anyhow::bail!("rpm-ostree ended with {}; its last lines:{}", ended.status, ended.tail());
+        }
+        reject!("rpm-ostree ended with {}; its last lines:{}", ended.status, ended.tail());
+    }
+    Ok(ended)
+}
+
+/// What runs a program in namespaces that end with it, so that no process and no mount of
+/// rpm-ostree's (it has some by FUSE) outlives a signal; or just runs it, where the kernel
+/// allows us no namespaces.
+fn contained() -> Command {
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]);
+        command
+    };
+    match process::output("unshare", unshare().arg("true")) {
+        Ok(_) => unshare(),
+        Err(error) => {
+            tracing::debug!("rpm-ostree gets no namespaces of its own: {error:#}");
+            Command::new("env")
+        }
     }
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_LENGTH;
-use axum::http::{HeaderValue, Method, Uri};
+use axum::http::{HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::StreamExt;
@@ -17,7 +17,10 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+
+use super::housekeeping::Reading;
 
 /// The media type of [`Metrics::encode`] (OpenMetrics 1.0).
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -26,6 +29,8 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub struct Metrics {
     registry: Registry,
     requests: Family<Labels, Counter>,
+    errors: Family<OfKind, Counter>,
+    durations: Family<OfMethod, Histogram, fn() -> Histogram>,
     /// Bytes of uploads that were read.
     pub received: Counter,
     sent: Counter,
@@ -39,12 +44,48 @@ struct Labels {
     status: u16,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfMethod {
+    method: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfKind {
+    kind: &'static str,
+}
+
+/// What kind of error an answer with this status is.
+fn kind(status: StatusCode) -> Option<&'static str> {
+    let kind = match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "access",
+        StatusCode::NOT_FOUND => "not-found",
+        StatusCode::REQUEST_TIMEOUT => "client-stalled",
+        StatusCode::CONFLICT => "conflict",
+        StatusCode::PAYLOAD_TOO_LARGE => "too-large",
+        StatusCode::UNPROCESSABLE_ENTITY => "mismatch",
+        StatusCode::TOO_MANY_REQUESTS => "rate",
+        StatusCode::SERVICE_UNAVAILABLE => "unavailable",
+        StatusCode::INSUFFICIENT_STORAGE => "full",
+        status if status.is_client_error() => "request",
+        status if status.is_server_error() => "internal",
+        _ => return None,
+    };
+    Some(kind)
+}
+
+/// From 5 ms, a small file, to 80 minutes, a large one over a slow line.
+fn durations() -> Histogram {
+    Histogram::new(exponential_buckets(0.005, 4.0, 11))
+}
+
 impl Metrics {
     /// All at zero.
     pub fn new() -> Self {
         let mut metrics = Self {
             registry: Registry::with_prefix("oscontainer_endpoint"),
             requests: Family::default(),
+            errors: Family::default(),
+            durations: Family::new_with_constructor(durations),
             received: Counter::default(),
             sent: Counter::default(),
             versions: Gauge::default(),
@@ -52,12 +93,20 @@ impl Metrics {
         };
         let registry = &mut metrics.registry;
         registry.register("requests", "Requests answered", metrics.requests.clone());
+        let text = "Requests that were refused or failed, and answers that broke off";
+        registry.register("errors", text, metrics.errors.clone());
+        let text = "Time from a request's head to the end of the response";
+        registry.register_with_unit("request_duration", text, Unit::Seconds, metrics.durations.clone());
         let bytes = Unit::Bytes;
         registry.register_with_unit("received", "Bytes of uploads read", bytes.clone(), metrics.received.clone());
         registry.register_with_unit("sent", "Bytes of responses' content sent", bytes.clone(), metrics.sent.clone());
         registry.register("versions", "Complete versions in the store", metrics.versions.clone());
         registry.register_with_unit("stored", "Bytes of complete versions in the store", bytes, metrics.stored.clone());
         metrics
+    }
+
+    fn error(&self, kind: &'static str) {
+        self.errors.get_or_create(&OfKind { kind }).inc();
     }
 
     /// The text for Prometheus; `versions` and `bytes` are what the store holds.
@@ -80,8 +129,13 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
     let response = next.run(request).await;
     let status = response.status().as_u16();
     metrics.requests.get_or_create(&Labels { method: label(&method), status }).inc();
-    let mut line = Line { metrics, method, uri, status, started, sent: 0, whole: false };
+    if let Some(kind) = kind(response.status()) {
+        metrics.error(kind);
+    }
     let (mut parts, body) = response.into_parts();
+    let reading = parts.extensions.remove::<Reading>();
+    let mut line =
+        Line { metrics, method, uri, status, started, sent: 0, whole: false, failed: false, _reading: reading };
     // Wrapped into a stream, the body's length is not known any more.
     if let Some(length) = body.size_hint().exact().filter(|_| !parts.headers.contains_key(CONTENT_LENGTH)) {
         parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
@@ -99,7 +153,11 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
                 line.sent += bytes.len() as u64;
                 line.whole = length == Some(line.sent);
             }
-            Some(Err(error)) => tracing::error!("{}: {error}", line.uri.path()),
+            Some(Err(error)) => {
+                tracing::error!("{}: {error}", line.uri.path());
+                line.metrics.error("sending");
+                line.failed = true;
+            }
             None => line.whole = true,
         }
         std::future::ready(chunk)
@@ -116,16 +174,25 @@ struct Line {
     started: Instant,
     sent: u64,
     whole: bool,
+    /// Whether it broke off on our side.
+    failed: bool,
+    /// What is being read until the body is sent.
+    _reading: Option<Reading>,
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
         self.metrics.sent.inc_by(self.sent);
+        let duration = self.metrics.durations.get_or_create(&OfMethod { method: label(&self.method) }).clone();
+        duration.observe(self.started.elapsed().as_secs_f64());
         let milliseconds = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (method, path, status, sent) = (label(&self.method), self.uri.path(), self.status, self.sent);
         if self.whole {
             tracing::info!(method, path, status, sent, milliseconds, "request");
+        } else if self.failed {
+            tracing::info!(method, path, status, sent, milliseconds, "request: the answer broke off");
         } else {
+            self.metrics.error("client-left");
             tracing::info!(method, path, status, sent, milliseconds, "request: the client left early");
         }
     }
@@ -137,7 +204,9 @@ fn label(method: &Method) -> &'static str {
         Method::GET => "GET",
         Method::HEAD => "HEAD",
         Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
         Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
         _ => "other",
     }
 }

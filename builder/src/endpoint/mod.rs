@@ -1,30 +1,38 @@
 //! `endpoint`: the artifact endpoint. It stores what builders publish and serves it
 //! to aggregators and to people; the protocol is in docs/artifact.md.
 //!
-//!     routes ─▶ auth ─▶ upload ─▶ store        PUT
+//!     routes ─▶ auth ─▶ upload ─▶ store        PUT; auth asks review, review the cluster
+//!     routes ─▶ auth ─▶ resume ─▶ store        PUT that only begins, then PATCH
 //!     routes ─▶ store ─▶ files::respond        GET, HEAD
+//!     routes ─▶ store ─▶ page, compare         for people
 
 mod auth;
+mod compare;
+mod housekeeping;
 mod metrics;
 mod page;
+mod rate;
 mod reply;
+mod resume;
+mod review;
 mod routes;
 mod store;
-mod timestamp;
 mod upload;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use oscontainer_program::exit::Usage;
 use oscontainer_program::options::Global;
-use oscontainer_program::server;
-use reqwest::Url;
+use oscontainer_program::server::{self, ServerOptions};
 
-use auth::Writers;
-use store::Store;
+use auth::{Access, AccessOptions};
+use housekeeping::KeepOptions;
+use routes::Limits;
+use store::{Store, StoreOptions};
 
 /// Options of `endpoint`.
 #[derive(Debug, Clone, Args)]
@@ -32,49 +40,67 @@ pub struct EndpointArgs {
     /// Address and port to listen on
     #[arg(long, value_name = "ADDR", env = "OSCONTAINER_LISTEN")]
     listen: SocketAddr,
-    /// Where artifacts are kept: a directory, as a path or file:// URI
-    #[arg(long, value_name = "URI", env = "OSCONTAINER_STORE")]
-    store: String,
-    /// File with the bearer token that may write, read anew when it changes; without it, writes are refused
-    #[arg(long, value_name = "FILE", env = "OSCONTAINER_TOKEN_FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreOptions,
+    #[command(flatten)]
+    access: AccessOptions,
+    #[command(flatten)]
+    server: ServerOptions,
     /// Largest file that is taken: bytes, or with KiB, MiB, GiB or TiB
     #[arg(long, value_name = "SIZE", default_value = "64GiB", value_parser = size, env = "OSCONTAINER_MAX_SIZE")]
     max_size: u64,
+    /// How long unfinished uploads, and tarballs without a manifest, are kept: a number with s, m, h or d
+    #[arg(long, value_name = "TIME", default_value = "7d", value_parser = duration, env = "OSCONTAINER_UPLOAD_EXPIRY")]
+    upload_expiry: Duration,
+    /// Most bytes that are stored in all, or with KiB, MiB, GiB or TiB [default: what fits the disk]
+    #[arg(long, value_name = "SIZE", value_parser = size, env = "OSCONTAINER_QUOTA")]
+    quota: Option<u64>,
+    /// Requests a second that one client address may make, in bursts of ten seconds' worth [default: no limit]
+    #[arg(long, value_name = "N", env = "OSCONTAINER_CLIENT_RATE")]
+    client_rate: Option<NonZeroU32>,
+    #[command(flatten)]
+    keep: KeepOptions,
 }
 
 /// Serves until SIGTERM or SIGINT.
 pub fn main(args: EndpointArgs, _global: &Global) -> Result<()> {
-    let dir = directory(&args.store)?;
-    let writers = Writers::from_option(args.token_file.as_deref())?;
-    let store = Store::open(&dir)?;
-    let router = routes::router(store, writers, args.max_size);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(server::serve(args.listen, router))
+    runtime.block_on(async {
+        let access = Access::new(&args.access).await?;
+        let limits = Limits {
+            max_size: args.max_size,
+            upload_expiry: args.upload_expiry,
+            client_timeout: args.server.client_timeout(),
+            client_rate: args.client_rate,
+            keep: args.keep.clone(),
+        };
+        let opening = tokio::task::spawn_blocking(move || Store::open(&args.store, args.quota));
+        let store = Arc::new(opening.await.context("opening the store")??);
+        let (router, housekeeping) = routes::router(store.clone(), access, limits);
+        server::serve(args.listen, router, &args.server).await?;
+        housekeeping.stop().await;
+        tokio::task::spawn_blocking(move || store.close()).await.context("closing the store")
+    })
 }
 
-/// The directory that a store's URI names.
-fn directory(uri: &str) -> Result<PathBuf> {
-    let Some((scheme, _)) = uri.split_once("://") else { return Ok(PathBuf::from(uri)) };
-    if scheme != "file" {
-        let text = format!("--store {uri}: {scheme}:// stores come with a later version; give a directory for now");
-        return Err(Usage(text).into());
-    }
-    let path = Url::parse(uri).ok().and_then(|url| url.to_file_path().ok());
-    path.ok_or_else(|| Usage(format!("--store {uri}: expected file:///absolute/path")).into())
+/// Reads a number of bytes, or of a unit.
+///
+/// # Errors
+/// Says what was expected.
+pub fn size(text: &str) -> Result<u64, String> {
+    let units = [("", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
+    quantity(text, "bytes, or with KiB, MiB, GiB or TiB", &units)
 }
 
-fn size(text: &str) -> Result<u64, String> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let shift = match unit {
-        "" => 0,
-        "KiB" => 10,
-        "MiB" => 20,
-        "GiB" => 30,
-        "TiB" => 40,
-        _ => return Err(format!("{unit:?} is not KiB, MiB, GiB or TiB")),
-    };
-    let number: u64 = number.parse().map_err(|_| "expected a number of bytes".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "larger than any file".to_owned())
+fn duration(text: &str) -> Result<Duration, String> {
+    let units = [("s", 1), ("m", 60), ("h", 60 * 60), ("d", 24 * 60 * 60)];
+    quantity(text, "with s, m, h or d", &units).map(Duration::from_secs)
+}
+
+/// A number and one of these units.
+fn quantity(text: &str, expected: &str, units: &[(&str, u64)]) -> Result<u64, String> {
+    let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
+    let factor = units.iter().find_map(|(name, factor)| (*name == unit).then_some(*factor));
+    let quantity = factor.and_then(|factor| number.parse::<u64>().ok()?.checked_mul(factor));
+    quantity.ok_or_else(|| format!("expected a number {expected}"))
 }

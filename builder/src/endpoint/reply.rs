@@ -1,33 +1,33 @@
 //! Replies that are not files: a refusal with its status and reason, JSON, HTML.
 
-use std::io::{self, ErrorKind};
-
 use anyhow::Error;
 use axum::body::Body;
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, RETRY_AFTER};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use oscontainer_program::exit;
 use oscontainer_program::files::NO_CACHE;
 use serde::Serialize;
 
+use super::store::{Failure, failure};
+
 /// Why a request is not served: a status and one line for the client.
 #[derive(Debug)]
 pub struct Refusal {
     status: StatusCode,
     reason: String,
-    headers: HeaderMap,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl Refusal {
     /// A refusal with `reason`, which says what to do about it.
     pub fn new(status: StatusCode, reason: impl Into<String>) -> Self {
-        Self { status, reason: reason.into(), headers: HeaderMap::new() }
+        Self { status, reason: reason.into(), headers: Vec::new() }
     }
 
     /// The refusal with one more header.
     pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.headers.insert(name, value);
+        self.headers.push((name, value));
         self
     }
 
@@ -37,18 +37,18 @@ impl Refusal {
     }
 }
 
-/// A failure of the store: 507 where it is full, else 500. The whole chain goes to
-/// the log, and none of the server's paths to the client.
+/// A failure of the store: 507 where it is full, 503 where it may pass, else 500. The whole
+/// chain goes to the log, and none of the server's paths to the client.
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         tracing::error!("{}", exit::chain(&error));
-        let full = |e: &io::Error| {
-            matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
-        };
-        if error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(full)) {
-            Self::full()
-        } else {
-            Self::new(StatusCode::INTERNAL_SERVER_ERROR, "the store failed; the endpoint's log says why")
+        match failure(&error) {
+            Failure::Full => Self::full(),
+            Failure::Passing => Self::new(StatusCode::SERVICE_UNAVAILABLE, "the store does not answer; try again")
+                .header(RETRY_AFTER, HeaderValue::from_static("5")),
+            Failure::Other => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "the store failed; the endpoint's log says why")
+            }
         }
     }
 }
@@ -65,6 +65,14 @@ impl IntoResponse for Refusal {
         let mut response = text(self.status, self.reason);
         response.headers_mut().extend(self.headers);
         response
+    }
+}
+
+/// Sets a header whose value was made here.
+pub fn insert(headers: &mut HeaderMap, name: HeaderName, value: &str) {
+    match HeaderValue::try_from(value) {
+        Ok(value) => drop(headers.insert(name, value)),
+        Err(error) => tracing::error!("the header {name}: {}", exit::chain(&error.into())),
     }
 }
 

@@ -1,12 +1,12 @@
 //! PUT: what can be refused from the headers is refused before the body is read;
-//! a body is hashed and written while it comes in, a mebibyte at a time, on a
+//! a body is hashed and written while it comes in, half a mebibyte at a time, on a
 //! blocking thread that is held only while there is something to write.
 
 use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream};
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, EXPECT};
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -14,14 +14,12 @@ use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::manifest::{MAX_SIZE, Manifest};
 use oscontainer_artifact::protocol::{CONTENT_DIGEST, REPR_DIGEST, digest_header, parse_digest_header};
 
-use super::reply::{Refusal, text};
+use super::reply::{Refusal, insert, text};
 use super::routes::{FileName, Shared, blocking};
 use super::store::{Id, Outcome, Received, Record, Upload};
 
-/// How much is hashed and written at a time, in bytes.
-const BATCH: usize = 1 << 20;
-/// How long a client may send nothing.
-const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+/// How much is hashed and written at a time, in bytes; as much again comes in meanwhile.
+const BATCH: usize = 512 << 10;
 /// How much of a refused body is read and thrown away, in bytes, and how long: a
 /// connection that is closed under a sending client may lose the reply.
 const LINGER: u64 = 1 << 30;
@@ -40,8 +38,7 @@ pub struct Target {
 pub async fn put(shared: Shared, target: Target, headers: HeaderMap, body: Body) -> Response {
     match admit(&shared, &target, &headers).await {
         Ok(admitted) => {
-            let (stream, limit) = (body.into_data_stream(), admitted.limit);
-            let mut incoming = Incoming { stream, limit, left: limit, shared: shared.clone() };
+            let mut incoming = Incoming::new(body.into_data_stream(), admitted.limit, shared.clone());
             match store(&shared, target, admitted, &mut incoming).await {
                 Ok(response) => response,
                 Err(refusal) => {
@@ -84,10 +81,9 @@ async fn admit(shared: &Shared, target: &Target, headers: &HeaderMap) -> Result<
     let claimed = claimed(headers)?;
     let limit = match target.file {
         FileName::Manifest => MAX_SIZE,
-        FileName::Tarball => shared.max_size,
+        FileName::Tarball => shared.limits.max_size,
     };
-    // hyper has seen to it that the header is a number that agrees with the body.
-    let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let length = content_length(headers);
     if length.is_some_and(|length| length > limit) {
         return Err(too_large(limit));
     }
@@ -117,7 +113,7 @@ async fn store(
     let Target { id, file } = &target;
     let (outcome, digest) = match file {
         FileName::Tarball => {
-            let received = receive(shared, &admitted, incoming).await?;
+            let received = receive(shared, id, &admitted, incoming).await?;
             let (digest, id) = (received.digest, id.clone());
             let complete = admitted.complete.as_ref().map(|record| record.digest);
             match complete {
@@ -149,13 +145,18 @@ async fn store(
                     tarball.path, tarball.size, tarball.digest
                 )));
             }
+            shared.changed.notify_one();
             (outcome, digest)
         }
     };
     reply(&target, outcome, digest)
 }
 
-fn reply(target: &Target, outcome: Outcome, digest: Digest) -> Result<Response, Refusal> {
+/// The response to an upload that came in whole.
+///
+/// # Errors
+/// The refusal that the outcome is.
+pub fn reply(target: &Target, outcome: Outcome, digest: Digest) -> Result<Response, Refusal> {
     let status = match outcome {
         Outcome::Created => StatusCode::CREATED,
         Outcome::Same => StatusCode::OK,
@@ -176,30 +177,34 @@ fn reply(target: &Target, outcome: Outcome, digest: Digest) -> Result<Response, 
     let mut response = text(status, digest.to_string());
     let headers = response.headers_mut();
     headers.remove(CONTENT_TYPE);
-    for (name, value) in [(ETAG.as_str(), format!("\"{digest}\"")), (REPR_DIGEST, digest_header(&digest))] {
-        if let (Ok(name), Ok(value)) = (name.parse::<axum::http::HeaderName>(), HeaderValue::try_from(value)) {
-            headers.insert(name, value);
-        }
-    }
+    insert(headers, ETAG, &format!("\"{digest}\""));
+    insert(headers, HeaderName::from_static(REPR_DIGEST), &digest_header(&digest));
     Ok(response)
 }
 
 /// Takes a tarball in. Batches are written while the next one comes in.
-async fn receive(shared: &Shared, admitted: &Admitted, incoming: &mut Incoming) -> Result<Received, Refusal> {
+async fn receive(shared: &Shared, id: &Id, admitted: &Admitted, incoming: &mut Incoming) -> Result<Received, Refusal> {
     let mut upload = match admitted.complete {
         Some(_) => Upload::discard(),
-        None => blocking(shared, |store| store.receive()).await?,
+        None => {
+            let id = id.clone();
+            blocking(shared, move |store| store.receive(&id)).await?
+        }
     };
-    let (mut batch, mut ended) = incoming.batch().await?;
+    let (mut batch, mut end) = incoming.batch().await;
     loop {
         let writing = blocking(shared, move |_| upload.write(&batch).map(|()| upload));
-        if ended {
-            upload = writing.await?;
-            break;
+        match end {
+            End::More => {}
+            End::Done => {
+                upload = writing.await?;
+                break;
+            }
+            End::Broke(refusal) => return Err(refusal),
         }
         let (written, next) = tokio::join!(writing, incoming.batch());
         upload = written?;
-        (batch, ended) = next?;
+        (batch, end) = next;
     }
     let received = blocking(shared, move |_| upload.finish()).await?;
     matches_claim(admitted.claimed, received.digest)?;
@@ -218,18 +223,38 @@ async fn collect(incoming: &mut Incoming) -> Result<Vec<u8>, Refusal> {
 }
 
 /// A request's body with its limits.
-struct Incoming {
-    stream: BodyDataStream,
+pub struct Incoming {
+    /// What has not been read.
+    pub stream: BodyDataStream,
     /// The largest body, in bytes.
     limit: u64,
     /// How much of it may still come.
     left: u64,
+    /// Whether more came than may.
+    pub exceeded: bool,
+    /// What came for the next batch.
+    waiting: Vec<Bytes>,
     shared: Shared,
 }
 
+/// What follows a batch.
+pub enum End {
+    /// Another one.
+    More,
+    /// Nothing: it was the last one.
+    Done,
+    /// Nothing, for this reason.
+    Broke(Refusal),
+}
+
 impl Incoming {
+    /// A body of at most `limit` bytes.
+    pub fn new(stream: BodyDataStream, limit: u64, shared: Shared) -> Self {
+        Self { stream, limit, left: limit, exceeded: false, waiting: Vec::new(), shared }
+    }
+
     async fn next(&mut self) -> Result<Option<Bytes>, Refusal> {
-        let next = tokio::time::timeout(STALL_TIMEOUT, self.stream.next()).await;
+        let next = tokio::time::timeout(self.shared.limits.client_timeout, self.stream.next()).await;
         let chunk = match next {
             Ok(None) => return Ok(None),
             Ok(Some(Ok(chunk))) => chunk,
@@ -238,32 +263,51 @@ impl Incoming {
                 return Err(broke_off());
             }
             Err(_) => {
-                let text = format!("nothing came for {} seconds", STALL_TIMEOUT.as_secs());
+                let text = format!("nothing came for {} seconds", self.shared.limits.client_timeout.as_secs());
                 return Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, text));
             }
         };
         self.shared.metrics.received.inc_by(chunk.len() as u64);
         match self.left.checked_sub(chunk.len() as u64) {
             Some(left) => self.left = left,
-            None => return Err(too_large(self.limit)),
+            None => {
+                self.exceeded = true;
+                return Err(too_large(self.limit));
+            }
         }
         Ok(Some(chunk))
     }
 
-    /// The next chunks, [`BATCH`] bytes or a little more, and whether they are the last.
-    async fn batch(&mut self) -> Result<(Vec<Bytes>, bool), Refusal> {
-        let (mut batch, mut size) = (Vec::new(), 0);
-        while size < BATCH {
-            let Some(chunk) = self.next().await? else { return Ok((batch, true)) };
-            size += chunk.len();
-            batch.push(chunk);
-        }
-        Ok((batch, false))
+    /// The next chunks, [`BATCH`] bytes or a little more, and what follows them. Whoever
+    /// stops waiting finds what came until then with [`Incoming::take`].
+    pub async fn batch(&mut self) -> (Vec<Bytes>, End) {
+        let end = loop {
+            if self.waiting.iter().map(Bytes::len).sum::<usize>() >= BATCH {
+                break End::More;
+            }
+            match self.next().await {
+                Ok(Some(chunk)) => self.waiting.push(chunk),
+                Ok(None) => break End::Done,
+                Err(refusal) => break End::Broke(refusal),
+            }
+        };
+        (self.take(), end)
+    }
+
+    /// What came and was not given out.
+    pub fn take(&mut self) -> Vec<Bytes> {
+        std::mem::take(&mut self.waiting)
     }
 }
 
+/// The body's length, where the client says it. hyper has seen to it that it is a
+/// number that agrees with the body.
+pub fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 /// Reads on for a while so that the client gets to read the reply.
-fn linger(mut body: BodyDataStream) {
+pub fn linger(mut body: BodyDataStream) {
     tokio::spawn(async move {
         let drain = async {
             let mut read = 0;
@@ -280,7 +324,10 @@ fn linger(mut body: BodyDataStream) {
 }
 
 /// The digest that the client says its file has.
-fn claimed(headers: &HeaderMap) -> Result<Option<Digest>, Refusal> {
+///
+/// # Errors
+/// 400 where a header is malformed, 422 where two contradict each other.
+pub fn claimed(headers: &HeaderMap) -> Result<Option<Digest>, Refusal> {
     let mut claimed = None;
     for value in [REPR_DIGEST, CONTENT_DIGEST].iter().flat_map(|name| headers.get_all(*name)) {
         let bad = |reason: String| Refusal::new(StatusCode::BAD_REQUEST, reason);
@@ -303,7 +350,8 @@ fn matches_claim(claimed: Option<Digest>, digest: Digest) -> Result<(), Refusal>
     }
 }
 
-fn conflict(target: &Target, stored: Digest) -> Refusal {
+/// The version is complete with `stored`.
+pub fn conflict(target: &Target, stored: Digest) -> Refusal {
     let Target { id, file } = target;
     let text = format!(
         "{} {} is complete with another {}, {stored}: artifacts are immutable, choose another version",
@@ -314,11 +362,13 @@ fn conflict(target: &Target, stored: Digest) -> Refusal {
     Refusal::new(StatusCode::CONFLICT, text)
 }
 
-fn too_large(limit: u64) -> Refusal {
+/// The file is too large.
+pub fn too_large(limit: u64) -> Refusal {
     Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the file is larger than the limit of {limit} bytes"))
 }
 
-fn unprocessable(reason: String) -> Refusal {
+/// The file is not what it should be.
+pub fn unprocessable(reason: String) -> Refusal {
     Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, reason)
 }
 

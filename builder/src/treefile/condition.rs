@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -12,8 +13,11 @@ use super::types::ReleaseVer;
 /// The variables that hold at some place.
 pub type Variables = BTreeMap<String, Variable>;
 
+/// What a variable's name and value cannot have in them.
+pub const VARIABLE_SIGNS: [char; 3] = ['$', '{', '}'];
+
 /// The value of a variable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Variable {
     /// `true`
@@ -161,8 +165,12 @@ impl Condition {
     }
 }
 
-/// Replaces `${name}` by the variable's value; unknown names stay as they are.
+/// Replaces `${name}` by the variable's value; unknown names stay as they are. So does,
+/// as in rpm-ostree, a text with a `}` before the first `${`.
 pub fn substitute(text: &str, variables: &Variables) -> String {
+    if text.find('}') < text.find("${") {
+        return text.to_owned();
+    }
     let mut result = String::new();
     let mut rest = text;
     while let Some(start) = rest.find("${") {
@@ -249,6 +257,8 @@ mod tests {
             ("${nope} ${", "${nope} ${"),
             ("${${n}}", "${35}"),
             ("$n {n} $", "$n {n} $"),
+            ("} ${n}", "} ${n}"),
+            ("${n} } ${n}", "35 } 35"),
         ] {
             assert_eq!(substitute(text, &variables()), expected, "{text}");
         }

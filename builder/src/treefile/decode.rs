@@ -11,6 +11,7 @@ use super::source::{Problem, Step};
 #[derive(Debug, Default)]
 pub struct Problems {
     found: Vec<Problem>,
+    ignored: Vec<Problem>,
     path: Vec<Step>,
 }
 
@@ -35,9 +36,18 @@ impl Problems {
 
     /// Notes that `key` of the current value should not be there.
     pub fn note_key(&mut self, key: &str, message: impl Into<String>) {
-        let mut path = self.path.clone();
-        path.push(Step::Key(key.to_owned()));
-        self.found.push(Problem { path, at_key: true, message: message.into() });
+        let problem = self.at_key(key, message.into());
+        self.found.push(problem);
+    }
+
+    /// Notes that `key` of the current value has no effect, which is not wrong.
+    pub fn ignore_key(&mut self, key: &str, message: impl Into<String>) {
+        let problem = self.at_key(key, message.into());
+        self.ignored.push(problem);
+    }
+
+    fn at_key(&self, key: &str, message: String) -> Problem {
+        Problem { path: [self.path.as_slice(), &[Step::Key(key.to_owned())]].concat(), at_key: true, message }
     }
 
     /// Notes that the current value, `value`, is not what was expected.
@@ -45,9 +55,19 @@ impl Problems {
         self.note(format!("expected {expected}, found {}", describe(value)));
     }
 
+    /// How much is wrong so far.
+    pub fn count(&self) -> usize {
+        self.found.len()
+    }
+
     /// All that is wrong, in the order in which it was found.
     pub fn into_found(self) -> Vec<Problem> {
         self.found
+    }
+
+    /// All that has no effect.
+    pub fn take_ignored(&mut self) -> Vec<Problem> {
+        std::mem::take(&mut self.ignored)
     }
 }
 
@@ -123,18 +143,8 @@ impl<T: Decode> Decode for Vec<T> {
     }
 }
 
-/// The sets hold names of packages and accounts; rpm-ostree takes `- 7` as one.
 impl Decode for BTreeSet<String> {
     fn decode(value: &Value, problems: &mut Problems) -> Option<Self> {
-        let plain = |item: &Value| match item {
-            Value::Bool(_) => Value::String(item.to_string()),
-            Value::Number(number) if !number.is_f64() => Value::String(item.to_string()),
-            item => item.clone(),
-        };
-        let value = match value {
-            Value::Array(items) => &Value::Array(items.iter().map(plain).collect()),
-            value => value,
-        };
         Vec::decode(value, problems).map(|names| names.into_iter().collect())
     }
 }

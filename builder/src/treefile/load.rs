@@ -11,13 +11,13 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result};
 use oscontainer_artifact::Rejected;
 use oscontainer_program::reject;
-use serde_json::Value;
 
-use super::condition::{Variable, Variables, substitute};
+use super::condition::{VARIABLE_SIGNS, Variable, Variables, substitute};
 use super::fields::{Treefile, join};
 use super::kickstart::Kickstart;
+use super::origin::Origins;
 use super::parse::{self, Included, Parsed};
-use super::source::{self, Format, Problem};
+use super::source::{self, Format, Problem, Source};
 use super::types::{CheckGroups, CheckPasswd, ReleaseVer};
 use super::{External, Flattened, Machine};
 
@@ -27,7 +27,7 @@ const DEPTH_LIMIT: usize = 50;
 /// Bytes of one treefile; the largest public one has some 60 KiB.
 const SIZE_LIMIT: u64 = 1 << 20;
 
-/// Mistakes that are listed of one file; of one larger than [`EASY_SIZE`], one.
+/// Mistakes and warnings that are listed of one file; of one larger than [`EASY_SIZE`], one.
 const LISTED: usize = 20;
 
 /// Bytes of a treefile that is soon read again for the place of each mistake.
@@ -40,34 +40,48 @@ const EASY_SIZE: usize = 64 << 10;
 /// treefile and for files that are missing; other errors where reading fails.
 pub fn load(path: &Path, machine: &Machine) -> Result<Flattened> {
     let mut loader = Loader { machine, seen: HashMap::new(), sources: Vec::new(), variables: Variables::new() };
-    let (mut treefile, external) = loader.read(path, 0)?;
+    let Flattened { mut treefile, external, origins, .. } = loader.read(path, 0)?;
+    if let Some(Variable::Text(version)) = loader.variables.get("releasever")
+        && let Some(sign) = VARIABLE_SIGNS.into_iter().find(|&sign| version.contains(sign))
+    {
+        reject!("{}: releasever: {version:?} cannot have {sign:?} in it", origins.of("releasever"));
+    }
     substitute_all(&mut treefile, &loader.variables);
     treefile.variables = None;
-    Ok(Flattened { treefile, external, sources: loader.sources })
+    Ok(Flattened { treefile, external, sources: loader.sources, origins })
 }
+
+/// Device and inode of each file read, and its name.
+type Seen = HashMap<(u64, u64), PathBuf>;
 
 /// What is known on the way through the includes.
 struct Loader<'a> {
     machine: &'a Machine,
-    /// Device and inode of each file read, and its name.
-    seen: HashMap<(u64, u64), PathBuf>,
+    /// The treefiles read.
+    seen: Seen,
     sources: Vec<PathBuf>,
     variables: Variables,
 }
 
 impl Loader<'_> {
-    fn read(&mut self, path: &Path, depth: usize) -> Result<(Treefile, External)> {
+    /// One file with what it includes; the sources are the loader's.
+    fn read(&mut self, path: &Path, depth: usize) -> Result<Flattened> {
         let directory = directory(path);
-        let text = self.open(path, "treefile")?;
+        let text = read_once(path, "treefile", &mut self.seen)?;
+        self.sources.push(path.to_owned());
         if path.extension().is_some_and(|extension| extension == "ks") {
-            let treefile = self.read_kickstart(path, &directory, &text)?.into_treefile();
-            return Ok((treefile, External { directory, ..External::default() }));
+            let mut seen = Seen::from([(identity(&existing_file(path, "treefile")?), path.to_owned())]);
+            let treefile = self.read_kickstart(path, &directory, &text, &mut seen)?.into_treefile();
+            let external = External { directory, ..External::default() };
+            return Ok(Flattened { treefile, external, sources: Vec::new(), origins: Origins::default() });
         }
         let format = match path.extension().and_then(|extension| extension.to_str()) {
             Some("yaml" | "yml") => Format::Yaml,
             _ => Format::Json,
         };
-        let Parsed { mut treefile, mut includes, conditional } = parse_text(path, &text, format, self.machine)?;
+        let Parsed { mut treefile, mut includes, conditional, places, .. } =
+            parse_text(path, &text, format, self.machine)?;
+        let mut origins = Origins::new(path, places);
         if depth == 0
             && let Some(version) = &self.machine.releasever
         {
@@ -92,7 +106,10 @@ impl Loader<'_> {
             match item.included {
                 _ if !holds => {}
                 Included::Files(files) => includes.extend(files),
-                Included::Inline(inline) => treefile.include(*inline),
+                Included::Inline(inline, places) => {
+                    treefile.include(*inline);
+                    origins.include(Origins::new(path, places));
+                }
             }
         }
         if !problems.is_empty() {
@@ -104,42 +121,24 @@ impl Loader<'_> {
         }
         for include in includes {
             let included = external.directory.join(&include);
-            let (inner, inner_external) = self
+            let inner = self
                 .read(&included, depth + 1)
                 .with_context(|| format!("including {include} from {}", path.display()))?;
-            merge_external(&treefile, &mut external, inner_external);
-            treefile.include(inner);
+            merge_external(&treefile, &mut external, inner.external);
+            treefile.include(inner.treefile);
+            origins.include(inner.origins);
         }
-        Ok((treefile, external))
+        Ok(Flattened { treefile, external, sources: Vec::new(), origins })
     }
 
-    /// Reads a file that may be read only once.
-    fn open(&mut self, path: &Path, what: &str) -> Result<String> {
-        let metadata = existing_file(path, what)?;
-        if metadata.len() > SIZE_LIMIT {
-            reject!("{}: a {what} may have {SIZE_LIMIT} bytes, this has {}", path.display(), metadata.len());
-        }
-        if let Some(before) = self.seen.insert((metadata.dev(), metadata.ino()), path.to_owned()) {
-            let same = if before == path { String::new() } else { format!(" (as {})", before.display()) };
-            reject!("{}: included twice{same}; move what both need into the file that includes both", path.display());
-        }
-        self.sources.push(path.to_owned());
-        let mut bytes = Vec::new();
-        let file = fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
-        file.take(SIZE_LIMIT).read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
-        match String::from_utf8(bytes) {
-            Ok(text) => Ok(text),
-            Err(error) => reject!("{}: not UTF-8 at byte {}", path.display(), error.utf8_error().valid_up_to()),
-        }
-    }
-
-    /// Reads the kickstart file `path` and those it includes, all below `directory`.
-    fn read_kickstart(&mut self, path: &Path, directory: &Path, text: &str) -> Result<Kickstart> {
+    /// Reads the kickstart file `path` and those it includes, all below `directory`. Those
+    /// may be included by another one too.
+    fn read_kickstart(&mut self, path: &Path, directory: &Path, text: &str, seen: &mut Seen) -> Result<Kickstart> {
         let mut kickstart = match Kickstart::parse(text) {
             Ok(kickstart) => kickstart,
             Err((line, message)) => reject!("{}:{line}: {message}", path.display()),
         };
-        if self.seen.len() > 256 {
+        if seen.len() > 256 {
             reject!("{}: more than 256 files are included", path.display());
         }
         for include in std::mem::take(&mut kickstart.includes) {
@@ -147,10 +146,35 @@ impl Loader<'_> {
                 reject!("{}: %include {include}: must be a path below {}", path.display(), directory.display());
             }
             let included = directory.join(&include);
-            let text = self.open(&included, "kickstart file")?;
-            kickstart.include(self.read_kickstart(&included, directory, &text)?);
+            let text = read_once(&included, "kickstart file", seen)?;
+            self.sources.push(included.clone());
+            kickstart.include(self.read_kickstart(&included, directory, &text, seen)?);
         }
         Ok(kickstart)
+    }
+}
+
+/// What tells a file from others, whatever its name.
+fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// Reads a file that may be read only once.
+fn read_once(path: &Path, what: &str, seen: &mut Seen) -> Result<String> {
+    let metadata = existing_file(path, what)?;
+    if metadata.len() > SIZE_LIMIT {
+        reject!("{}: a {what} may have {SIZE_LIMIT} bytes, this has {}", path.display(), metadata.len());
+    }
+    if let Some(before) = seen.insert(identity(&metadata), path.to_owned()) {
+        let same = if before == path { String::new() } else { format!(" (as {})", before.display()) };
+        reject!("{}: included twice{same}; move what both need into the file that includes both", path.display());
+    }
+    let mut bytes = Vec::new();
+    let file = fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    file.take(SIZE_LIMIT).read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(text),
+        Err(error) => reject!("{}: not UTF-8 at byte {}", path.display(), error.utf8_error().valid_up_to()),
     }
 }
 
@@ -179,14 +203,23 @@ fn existing_file(path: &Path, what: &str) -> Result<fs::Metadata> {
 }
 
 fn parse_text(path: &Path, text: &str, format: Format, machine: &Machine) -> Result<Parsed> {
-    let value: Value = match source::parse(text, format, |key| !parse::is_known(key)) {
-        Ok(value) => value,
+    let Source { value, repeated } = match source::parse(text, format, parse::below) {
+        Ok(source) => source,
         Err(error) => {
             let place = error.place.map(|(line, column)| format!(":{line}:{column}")).unwrap_or_default();
             reject!("{}{place}: {}", path.display(), error.message.replace('\n', " "));
         }
     };
-    Ok(parse::parse(&value, format, &machine.basearch).map_err(|problems| rejected(path, text, problems))?)
+    let parsed = parse::parse(&value, format, &machine.basearch).map_err(|problems| rejected(path, text, problems))?;
+    // Comments in JSON are keys that may come often.
+    let counts = |key: &&String| format == Format::Yaml || key.starts_with(parse::ARCH_PACKAGES);
+    for key in repeated.iter().filter(counts).take(LISTED) {
+        tracing::warn!("{}: {key:?} is given twice: the last counts", path.display());
+    }
+    for Problem { message, .. } in parsed.ignored.iter().take(LISTED) {
+        tracing::warn!("{}: conditional-include: {message}", path.display());
+    }
+    Ok(parsed)
 }
 
 /// All that is wrong with one file, in one line.
@@ -313,7 +346,7 @@ fn substitute_all(treefile: &mut Treefile, variables: &Variables) {
     }
     let maps = [&mut treefile.metadata, &mut treefile.add_commit_metadata];
     for value in maps.into_iter().flatten().flat_map(|map| map.values_mut()) {
-        if let Value::String(text) = value {
+        if let serde_json::Value::String(text) = value {
             substitute_in(text);
         }
     }

@@ -11,7 +11,9 @@ mod decode;
 mod fields;
 mod kickstart;
 mod load;
+mod origin;
 mod parse;
+mod schema;
 mod source;
 pub mod types;
 
@@ -23,8 +25,10 @@ use clap::Args;
 use oscontainer_program::options::Global;
 use serde_json::Value;
 
-pub use fields::Treefile;
+pub use fields::{ByDnf, Field, Treefile};
 pub use load::load;
+use origin::Origins;
+pub use schema::main as print_schema;
 
 /// For what machine a treefile is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +63,8 @@ pub struct Flattened {
     pub external: External,
     /// Every treefile read, in that order.
     pub sources: Vec<PathBuf>,
+    /// Where each field was set.
+    pub origins: Origins,
 }
 
 /// Files beside the treefiles. All exist.

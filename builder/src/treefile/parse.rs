@@ -4,41 +4,29 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::condition::{Condition, Variable, Variables};
+use super::condition::{Condition, VARIABLE_SIGNS, Variable, Variables};
 use super::decode::{Decode, Problems, nearest};
-use super::fields::{FIELDS, Treefile};
-use super::source::{Format, Problem, Step};
+use super::fields::{FIELDS, Merging, Treefile};
+use super::source::{Format, Keys, Problem, Step};
 use super::types::{BootLocation, CheckGroups, CheckPasswd, Edition};
 
 /// Fields that say what else to read.
-const INCLUDES: [&str; 3] = ["include", "arch-include", "conditional-include"];
+pub const INCLUDES: [&str; 3] = ["include", "arch-include", "conditional-include"];
 
 /// Old names that are still taken. (`bootstrap_packages` is in rpm-ostree's
 /// documentation, but its programs refuse it.)
-const ALIASES: [(&str, &str); 4] = [
+pub const ALIASES: [(&str, &str); 4] = [
     ("gpg_key", "gpg-key"),
     ("boot_location", "boot-location"),
     ("default_target", "default-target"),
     ("automatic_version_prefix", "automatic-version-prefix"),
 ];
 
-/// Fields for layering on a booted system: of rpm-ostree's client, not of a compose.
-const CLIENT_FIELDS: [&str; 11] = [
-    "base-refspec",
-    "container-image-reference",
-    "packages-local",
-    "packages-local-fileoverride",
-    "override-remove",
-    "ex-override-replace",
-    "override-replace-local",
-    "initramfs",
-    "custom",
-    "override-commit",
-    "unconfigured-state",
-];
+/// Mistakes in one file beyond which near names are not looked for.
+const HINTED: usize = 50;
 
 /// What precedes an architecture's name in a field of packages.
-const ARCH_PACKAGES: &str = "packages-";
+pub const ARCH_PACKAGES: &str = "packages-";
 
 /// One treefile by itself.
 #[derive(Debug, Default)]
@@ -49,7 +37,14 @@ pub struct Parsed {
     pub includes: Vec<String>,
     /// Its `conditional-include`, in order.
     pub conditional: Vec<Conditional>,
+    /// Where in it each field stands.
+    pub places: Places,
+    /// What in it has no effect.
+    pub ignored: Vec<Problem>,
 }
+
+/// Fields by name, and the ways to their keys from the top of a file.
+pub type Places = Vec<(&'static str, Vec<Step>)>;
 
 /// One item of `conditional-include`.
 #[derive(Debug)]
@@ -66,12 +61,31 @@ pub enum Included {
     /// Files, from the treefile's directory.
     Files(Vec<String>),
     /// Fields written on the spot.
-    Inline(Box<Treefile>),
+    Inline(Box<Treefile>, Places),
 }
 
-/// Whether `name` is a field of treefiles: these may be given once only.
-pub fn is_known(name: &str) -> bool {
-    FIELDS.contains(&name) || INCLUDES.contains(&name) || name == "bootstrap-packages"
+/// What the keys below `key` are, which is itself one of `keys`; and whether `key` may be
+/// given twice, so that the last counts: what rpm-ostree keeps as a mapping may.
+pub fn below(keys: Keys, key: &str) -> (Keys, bool) {
+    match (keys, key) {
+        (Keys::Fields, "arch-include") => (Keys::Free, false),
+        (Keys::Fields, "conditional-include") => (Keys::Conditional, false),
+        (Keys::Fields, "include" | "bootstrap-packages") => (Keys::Parts, false),
+        (Keys::Fields, name) => {
+            let name = ALIASES.iter().find(|(old, _)| *old == name).map_or(name, |(_, new)| new);
+            match FIELDS.iter().find(|field| field.name == name) {
+                Some(field) if field.merging == Merging::join => (Keys::Free, false),
+                Some(_) => (Keys::Parts, false),
+                None => (Keys::Free, true),
+            }
+        }
+        // Of `check-passwd` and `check-groups`.
+        (Keys::Parts, "entries") => (Keys::Free, false),
+        (Keys::Parts, _) => (Keys::Parts, false),
+        (Keys::Conditional, "include") => (Keys::Fields, false),
+        (Keys::Conditional, _) => (Keys::Conditional, false),
+        (Keys::Free, _) => (Keys::Free, true),
+    }
 }
 
 /// Reads the fields of `value`, a treefile, as they hold on `basearch`.
@@ -85,9 +99,11 @@ pub fn parse(value: &Value, format: Format, basearch: &str) -> Result<Parsed, Ve
         decode_includes(value, basearch, &mut parsed, &mut problems);
         decode_treefile(value, &Scope { format, basearch, inline: false }, &mut parsed.treefile, &mut problems);
         settle_variables(&mut parsed.treefile, basearch, &mut problems);
-    } else if !value.is_null() {
+        parsed.places = places(value, &[]);
+    } else if !value.is_null() || format == Format::Json {
         problems.unexpected(value, "a mapping of fields");
     }
+    parsed.ignored = problems.take_ignored();
     let packages = parsed.treefile.packages.take().unwrap_or_default();
     parsed.treefile.packages = Some(packages);
     parsed.treefile.basearch = Some(basearch.to_owned());
@@ -110,6 +126,13 @@ fn decode_treefile(value: &Value, scope: &Scope<'_>, treefile: &mut Treefile, pr
     for (name, inner) in value.as_object().into_iter().flatten() {
         let alias = ALIASES.iter().find(|(old, _)| old == name);
         if let Some((old, new)) = alias {
+            if inner.is_null() {
+                continue;
+            }
+            if scope.inline {
+                problems.ignore_key(old, format!("{old:?} has no effect here, as in rpm-ostree: write {new:?}"));
+                continue;
+            }
             if value.get(new).is_some_and(|other| !other.is_null()) {
                 problems.note_key(old, format!("{old:?} is the old name of {new:?}, which is given too: keep one"));
             }
@@ -123,9 +146,11 @@ fn decode_treefile(value: &Value, scope: &Scope<'_>, treefile: &mut Treefile, pr
         } else if scope.inline && (INCLUDES.contains(&name.as_str()) || name == "variables") {
             problems.note_key(name, format!("{name:?} cannot be given in a condition's \"include\": use a file"));
         } else if INCLUDES.contains(&name.as_str()) || treefile.decode_field(name, inner, problems) {
-        } else if CLIENT_FIELDS.contains(&name.as_str()) {
-            problems.note_key(name, format!("{name:?} is for layering on a booted system, not for a compose"));
         } else if let Some(arch) = name.strip_prefix(ARCH_PACKAGES) {
+            if scope.inline {
+                problems.ignore_key(name, format!("{name:?} has no effect here, as in rpm-ostree: use a file"));
+                continue;
+            }
             let names = problems.at(name, |problems| Vec::<String>::decode(inner, problems));
             packages.extend(names.filter(|_| arch == scope.basearch).into_iter().flatten());
         } else if scope.format == Format::Yaml || scope.inline {
@@ -134,7 +159,10 @@ fn decode_treefile(value: &Value, scope: &Scope<'_>, treefile: &mut Treefile, pr
             treefile.extra.insert(name.clone(), inner.clone());
         }
     }
-    imply(treefile);
+    if !scope.inline && imply(treefile) && value.get("boot_location").is_some_and(|given| !given.is_null()) {
+        let message = "\"boot_location\" is the old name of \"boot-location\", which \"container\" or \"edition\" sets";
+        problems.note_key("boot_location", message);
+    }
     check(value, scope, treefile, problems);
     if !packages.is_empty() {
         treefile.packages.get_or_insert_default().extend(packages);
@@ -144,13 +172,25 @@ fn decode_treefile(value: &Value, scope: &Scope<'_>, treefile: &mut Treefile, pr
     }
 }
 
+/// Where the fields of `value` stand, which is itself at `path`.
+fn places(value: &Value, path: &[Step]) -> Places {
+    let key_of = |name| {
+        let names = ALIASES.iter().filter(|(_, new)| *new == name).map(|(old, _)| *old).chain([name]);
+        names.into_iter().find(|key| value.get(key).is_some_and(|inner| !inner.is_null()))
+    };
+    let place = |key: &str| [path, &[Step::Key(key.to_owned())]].concat();
+    FIELDS.iter().filter_map(|field| Some((field.name, place(key_of(field.name)?)))).collect()
+}
+
 fn optional_names(value: &Value, problems: &mut Problems) -> BTreeSet<String> {
     if value.is_null() { BTreeSet::new() } else { BTreeSet::decode(value, problems).unwrap_or_default() }
 }
 
 fn note_unknown(name: &str, problems: &mut Problems) {
-    let names = FIELDS.iter().chain(&INCLUDES).copied();
-    let hint = match (name, nearest(name, names)) {
+    let names = FIELDS.iter().map(|field| field.name).chain(INCLUDES);
+    // Looking for near names takes long, and few mistakes are listed.
+    let near = if problems.count() < HINTED { nearest(name, names) } else { None };
+    let hint = match (name, near) {
         ("<<", _) => "; merge keys are not part of the language".to_owned(),
         (_, Some(near)) => format!(" (did you mean {near:?}?)"),
         (_, None) => String::new(),
@@ -159,19 +199,20 @@ fn note_unknown(name: &str, problems: &mut Problems) {
 }
 
 /// Sets what other fields imply; this holds for the file they are in, before any include.
-fn imply(treefile: &mut Treefile) {
-    if treefile.container == Some(true) {
+/// Whether `boot-location` is among it.
+fn imply(treefile: &mut Treefile) -> bool {
+    let boots_from_modules = treefile.container == Some(true) || treefile.edition >= Some(Edition::Of2024);
+    if boots_from_modules {
         treefile.boot_location = Some(BootLocation::Modules);
-        treefile.selinux = Some(false);
         treefile.tmp_is_dir = Some(true);
+    }
+    if treefile.container == Some(true) {
+        treefile.selinux = Some(false);
         treefile.preserve_passwd = Some(false);
         treefile.check_passwd = Some(CheckPasswd::None);
         treefile.check_groups = Some(CheckGroups::None);
     }
-    if treefile.edition >= Some(Edition::Of2024) {
-        treefile.boot_location = Some(BootLocation::Modules);
-        treefile.tmp_is_dir = Some(true);
-    }
+    boots_from_modules
 }
 
 /// What the types leave open.
@@ -217,7 +258,9 @@ fn may_add(target: &str) -> bool {
     let path = target.trim_start_matches('/');
     let below = |dir: &str| path.strip_prefix(dir).is_some_and(|rest| !rest.is_empty());
     let parts_fine = path.split('/').all(|part| part != "..");
-    parts_fine && !below("usr/local/") && ["usr/", "etc/", "bin/", "sbin/", "lib/", "lib64/"].into_iter().any(below)
+    parts_fine
+        && !path.starts_with("usr/local/")
+        && ["usr/", "etc/", "bin/", "sbin/", "lib/", "lib64/"].into_iter().any(below)
 }
 
 /// Adds the variables that set themselves, and refuses them elsewhere.
@@ -231,7 +274,7 @@ fn settle_variables(treefile: &mut Treefile, basearch: &str, problems: &mut Prob
                 problems.note_key(name, format!("{name:?} sets itself and cannot be set here"));
             }
             let text = value.to_string();
-            if let Some(sign) = ['$', '{', '}'].into_iter().find(|&sign| name.contains(sign) || text.contains(sign)) {
+            if let Some(sign) = VARIABLE_SIGNS.into_iter().find(|&sign| name.contains(sign) || text.contains(sign)) {
                 problems.note_key(name, format!("a variable's name and value cannot have {sign:?} in them"));
             }
         });
@@ -243,9 +286,12 @@ fn split_all(treefile: &mut Treefile, problems: &mut Problems) {
     if let Some(packages) = &mut treefile.packages {
         problems.at("packages", |problems| split(packages, problems));
     }
-    for (index, entry) in treefile.repo_packages.iter_mut().flatten().enumerate() {
-        problems.at("repo-packages", |problems| {
-            problems.inside(Step::Index(index), |p| p.at("packages", |p| split(&mut entry.packages, p)));
+    let of_repositories = treefile.repo_packages.iter_mut().flatten().map(|entry| &mut entry.packages).enumerate();
+    let replacing = treefile.override_replace.iter_mut().flatten().map(|entry| &mut entry.packages).enumerate();
+    let named = of_repositories.map(|entry| ("repo-packages", entry));
+    for (field, (index, packages)) in named.chain(replacing.map(|entry| ("ex-override-replace", entry))) {
+        problems.at(field, |problems| {
+            problems.inside(Step::Index(index), |p| p.at("packages", |p| split(packages, p)));
         });
     }
 }
@@ -255,7 +301,7 @@ fn split(packages: &mut BTreeSet<String>, problems: &mut Problems) {
     let mut names = BTreeSet::new();
     for text in &*packages {
         let parts: Vec<&str> = text.split('\'').collect();
-        if parts.len() % 2 == 0 {
+        if parts.len().is_multiple_of(2) {
             problems.note(format!("a single quote is not closed in {text:?}"));
         }
         for (index, part) in parts.into_iter().enumerate() {
@@ -342,7 +388,8 @@ fn decode_conditional(item: &Value, index: usize, basearch: &str, problems: &mut
         let mut treefile = Treefile::default();
         let scope = Scope { format: Format::Yaml, basearch, inline: true };
         decode_treefile(include, &scope, &mut treefile, problems);
-        Some(Included::Inline(Box::new(treefile)))
+        let path = [Step::Key("conditional-include".to_owned()), Step::Index(index), Step::Key("include".to_owned())];
+        Some(Included::Inline(Box::new(treefile), places(include, &path)))
     })?;
     Some(Conditional { conditions, included })
 }

@@ -1,12 +1,13 @@
 //! A treefile's text, turned into plain values: YAML or JSON, bounded in what an
 //! alias may expand to, and with the line and column of everything that is wrong.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::fmt;
 
-use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Number, Value, json};
 
 /// Bytes that a treefile's values may take, 16 for each beside its text. The
 /// largest public treefile has some 60 KiB; aliases of aliases reach any size.
@@ -45,6 +46,15 @@ pub struct Problem {
     pub message: String,
 }
 
+/// A text, read.
+#[derive(Debug)]
+pub struct Source {
+    /// What stands in it.
+    pub value: Value,
+    /// Keys that are given twice where that is no mistake: the last counts.
+    pub repeated: BTreeSet<String>,
+}
+
 /// What is wrong with a text as such: then there is no value to look at.
 #[derive(Debug)]
 pub struct SyntaxError {
@@ -63,30 +73,100 @@ impl SyntaxError {
     }
 }
 
-/// Parses `text`. An empty YAML text is null.
+/// What the keys of a mapping are, for whether one may be given twice. In rpm-ostree
+/// what becomes a field may not; elsewhere the last counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keys {
+    /// Those of a treefile, or of what is below it in a condition.
+    Fields,
+    /// Those of a field, such as `rojig`.
+    Parts,
+    /// Those of an item of `conditional-include`.
+    Conditional,
+    /// Anything, at any depth.
+    Free,
+}
+
+/// Parses `text`. An empty YAML text is null. `below` says of a key and of the mapping it
+/// is in what the keys below it are, and whether it may be given twice.
 ///
 /// # Errors
 /// Bad syntax, a key given twice, too deep nesting, aliases that expand to too much.
-pub fn parse(text: &str, format: Format, repeatable: fn(&str) -> bool) -> Result<Value, SyntaxError> {
+pub fn parse(text: &str, format: Format, below: fn(Keys, &str) -> (Keys, bool)) -> Result<Source, SyntaxError> {
     if nesting(text) > NESTING_LIMIT {
         return Err(SyntaxError { place: None, message: format!("brackets nest deeper than {NESTING_LIMIT}") });
     }
     let budget = Cell::new(EXPANDED_LIMIT);
-    let seed = ValueSeed { budget: &budget, repeatable: (format == Format::Json).then_some(repeatable) };
-    match format {
-        Format::Yaml => {
-            seed.deserialize(serde_yaml::Deserializer::from_str(text)).or_else(|error| match error.location() {
+    let repeated = RefCell::default();
+    let seed = ValueSeed { budget: &budget, repeated: &repeated, below, keys: Keys::Fields, top: true };
+    let value = match format {
+        Format::Yaml => match seed.deserialize(serde_yaml::Deserializer::from_str(text)) {
+            Ok(mut value) => {
+                take_as_written(&mut value, text);
+                value
+            }
+            Err(error) => match error.location() {
                 None if text.lines().all(|line| line.trim_start().starts_with('#') || line.trim().is_empty()) => {
-                    Ok(Value::Null)
+                    Value::Null
                 }
-                place => Err(SyntaxError::new(place.map(|p| (p.line(), p.column())), &error)),
-            })
-        }
+                place => return Err(SyntaxError::new(place.map(|p| (p.line(), p.column())), &error)),
+            },
+        },
         Format::Json => {
             let mut reader = serde_json::Deserializer::from_str(text);
             seed.deserialize(&mut reader)
                 .and_then(|value| reader.end().map(|()| value))
-                .map_err(|error| SyntaxError::new(Some((error.line(), error.column())), &error))
+                .map_err(|error| SyntaxError::new(Some((error.line(), error.column())), &error))?
+        }
+    };
+    Ok(Source { value, repeated: repeated.into_inner() })
+}
+
+/// The parts of a treefile in YAML whose scalars rpm-ostree takes as they are written,
+/// whatever they look like: `- 1.10` is the name 1.10, and an item of nothing is empty.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct AsWritten {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    packages: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repo_packages: Option<Vec<RepoPackagesAsWritten>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cliwrap_binaries: Option<Vec<String>>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+struct RepoPackagesAsWritten {
+    repo: String,
+    packages: Vec<String>,
+}
+
+/// Replaces in `value`, which is that of `text`, what was read as something else than
+/// the text that stands there.
+fn take_as_written(value: &mut Value, text: &str) {
+    const FIELDS: [&str; 3] = ["packages", "repo-packages", "cliwrap-binaries"];
+    let Some(fields) = value.as_object_mut() else { return };
+    // All are looked at. A field of nothing is not given.
+    let given = fields.iter_mut().filter(|(name, value)| FIELDS.contains(&name.as_str()) && !value.is_null());
+    if given.fold(false, |others, (_, value)| into_strings(value) | others)
+        && let Ok(written) = AsWritten::deserialize(serde_yaml::Deserializer::from_str(text))
+        && let Value::Object(written) = json!(written)
+    {
+        fields.extend(written);
+    }
+}
+
+/// Makes strings of numbers and booleans in `value`, nearly as they are written: that is enough
+/// beside a mistake, which is then the one to tell. Whether there are any, or nulls.
+fn into_strings(value: &mut Value) -> bool {
+    match value {
+        Value::Array(items) => items.iter_mut().fold(false, |others, item| into_strings(item) | others),
+        Value::Object(entries) => entries.values_mut().fold(false, |others, item| into_strings(item) | others),
+        Value::String(_) => false,
+        Value::Null => true,
+        scalar => {
+            *scalar = scalar.to_string().into();
+            true
         }
     }
 }
@@ -119,8 +199,12 @@ fn nesting(text: &str) -> usize {
 #[derive(Clone, Copy)]
 struct ValueSeed<'a> {
     budget: &'a Cell<usize>,
-    /// For the outermost mapping: which keys may come twice, so that the last counts.
-    repeatable: Option<fn(&str) -> bool>,
+    repeated: &'a RefCell<BTreeSet<String>>,
+    below: fn(Keys, &str) -> (Keys, bool),
+    /// Of the mappings in the value.
+    keys: Keys,
+    /// Whether the value is the whole text.
+    top: bool,
 }
 
 impl ValueSeed<'_> {
@@ -177,7 +261,7 @@ impl<'de> Visitor<'de> for ValueSeed<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         self.spend(0)?;
         let mut list = Vec::new();
-        while let Some(item) = access.next_element_seed(ValueSeed { repeatable: None, ..self })? {
+        while let Some(item) = access.next_element_seed(ValueSeed { top: false, ..self })? {
             list.push(item);
         }
         Ok(Value::Array(list))
@@ -186,26 +270,29 @@ impl<'de> Visitor<'de> for ValueSeed<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         self.spend(0)?;
         let mut map = Map::new();
-        while let Some(key) = access.next_key_seed(KeySeed { taken: &map, repeatable: self.repeatable })? {
+        while let Some(key) = access.next_key_seed(KeySeed { taken: &map, within: self })? {
             self.spend(key.len())?;
-            let value = access.next_value_seed(ValueSeed { repeatable: None, ..self })?;
+            let (keys, _) = (self.below)(self.keys, &key);
+            let value = access.next_value_seed(ValueSeed { keys, top: false, ..self })?;
             map.insert(key, value);
         }
         Ok(Value::Object(map))
     }
 }
 
-/// Reads a key that is not yet in `taken`.
+/// Reads a key that is not yet in `taken`, unless it may be given twice.
 struct KeySeed<'a> {
     taken: &'a Map<String, Value>,
-    repeatable: Option<fn(&str) -> bool>,
+    within: ValueSeed<'a>,
 }
 
 impl<'de> DeserializeSeed<'de> for KeySeed<'_> {
     type Value = String;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
-        deserializer.deserialize_str(self)
+        // As in rpm-ostree, a field may be named by a number (and is then unknown),
+        // but `1:` in `variables` is no name.
+        if self.within.top { deserializer.deserialize_str(self) } else { deserializer.deserialize_any(self) }
     }
 }
 
@@ -217,8 +304,11 @@ impl<'de> Visitor<'de> for KeySeed<'_> {
     }
 
     fn visit_str<E: Error>(self, key: &str) -> Result<String, E> {
-        if self.taken.contains_key(key) && !self.repeatable.is_some_and(|repeatable| repeatable(key)) {
-            return Err(E::custom(format!("{key:?} is given twice")));
+        if self.taken.contains_key(key) {
+            if !(self.within.below)(self.within.keys, key).1 {
+                return Err(E::custom(format!("{key:?} is given twice")));
+            }
+            self.within.repeated.borrow_mut().insert(key.to_owned());
         }
         Ok(key.to_owned())
     }

@@ -1,19 +1,23 @@
 //! The types of a treefile's fields that are more than strings, lists and maps.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::decode::{Decode, Problems, nearest, optional, required};
 
 /// An enumeration of names, and what a treefile may write for each.
 macro_rules! choice {
-    ($(#[$meta:meta])* $type:ident { $($(#[$inner:meta])* $variant:ident = $name:literal $(| $alias:literal)*),+ $(,)? }) => {
-        $(#[$meta])*
+    ($(#[doc = $about:literal])+ $type:ident {
+        $($(#[doc = $meaning:literal])+ $variant:ident = $name:literal $(| $alias:literal)*),+ $(,)?
+    }) => {
+        $(#[doc = $about])+
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum $type { $($(#[$inner])* $variant),+ }
+        pub enum $type { $($(#[doc = $meaning])+ $variant),+ }
 
         impl $type {
             /// The name in a treefile.
@@ -32,6 +36,23 @@ macro_rules! choice {
             }
         }
 
+        impl JsonSchema for $type {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_generator: &mut SchemaGenerator) -> Schema {
+                let about = concat!($($about),+).trim();
+                let mut values = Vec::new();
+                $(
+                    let meaning = concat!($($meaning),+).trim();
+                    values.push(json!({"const": $name, "description": meaning}));
+                    $(values.push(json!({"const": $alias, "description": concat!("As `", $name, "`.")}));)*
+                )+
+                json_schema!({"description": about, "type": "string", "oneOf": values})
+            }
+        }
+
         impl Serialize for $type {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.serialize_str(self.name())
@@ -45,6 +66,23 @@ fn expected_one_of(value: &Value, given: Option<&str>, names: &[&str], problems:
     let hint = given.and_then(|given| nearest(given, names.iter().copied()));
     let hint = hint.map(|near| format!(" (did you mean {near:?}?)")).unwrap_or_default();
     problems.unexpected(value, &format!("one of {}{hint}", quoted.join(", ")));
+}
+
+/// How a mapping is read into a struct: the fields that it must have, then those that it may.
+macro_rules! mapping {
+    ($type:ident, $expected:literal, [$($must:ident),+], [$($may:ident),*]) => {
+        impl Decode for $type {
+            fn decode(value: &Value, problems: &mut Problems) -> Option<Self> {
+                if !value.is_object() {
+                    problems.unexpected(value, $expected);
+                    return None;
+                }
+                $(let $must = required(value, stringify!($must), problems);)+
+                $(let $may = optional(value, stringify!($may), problems);)*
+                Some(Self { $($must: $must?,)+ $($may),* })
+            }
+        }
+    };
 }
 
 choice! {
@@ -120,7 +158,7 @@ choice! {
 }
 
 /// A number or a string, such as a release version.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum ReleaseVer {
     /// `41`
@@ -152,7 +190,7 @@ impl Decode for ReleaseVer {
 }
 
 /// What to hold the new passwd file against.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum CheckPasswd {
     /// Nothing.
@@ -172,7 +210,7 @@ pub enum CheckPasswd {
 }
 
 /// What to hold the new group file against.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum CheckGroups {
     /// Nothing.
@@ -192,7 +230,7 @@ pub enum CheckGroups {
 }
 
 /// A user's ids as written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum UserIds {
     /// `3`: user and group.
@@ -209,8 +247,8 @@ impl Decode for UserIds {
             return u32::decode(value, problems).map(Self::Same);
         }
         match Vec::<u32>::decode(value, problems)?.as_slice() {
-            &[id] => Some(Self::SameInList([id])),
-            &[user, group] => Some(Self::UserAndGroup([user, group])),
+            [id] => Some(Self::SameInList([*id])),
+            [user, group] => Some(Self::UserAndGroup([*user, *group])),
             _ => {
                 problems.unexpected(value, "an id, or a list of a user's and a group's id");
                 None
@@ -270,7 +308,7 @@ impl Decode for CheckGroups {
 }
 
 /// What a treefile says of the rojig package; today only its name is of use.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Rojig {
     /// The system's name.
     pub name: String,
@@ -282,22 +320,10 @@ pub struct Rojig {
     pub description: Option<String>,
 }
 
-impl Decode for Rojig {
-    fn decode(value: &Value, problems: &mut Problems) -> Option<Self> {
-        if !value.is_object() {
-            problems.unexpected(value, "a mapping with \"name\", \"summary\" and \"license\"");
-            return None;
-        }
-        let name = required(value, "name", problems);
-        let summary = required(value, "summary", problems);
-        let license = required(value, "license", problems);
-        let description = optional(value, "description", problems);
-        Some(Self { name: name?, summary: summary?, license: license?, description })
-    }
-}
+mapping!(Rojig, "a mapping with \"name\", \"summary\" and \"license\"", [name, summary, license], [description]);
 
 /// Packages that come from one repository and no other.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct RepoPackages {
     /// The repository's name.
     pub repo: String,
@@ -305,14 +331,59 @@ pub struct RepoPackages {
     pub packages: BTreeSet<String>,
 }
 
-impl Decode for RepoPackages {
+mapping!(RepoPackages, "a mapping with \"repo\" and \"packages\"", [repo, packages], []);
+
+/// Packages of the base that are replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct OverrideReplace {
+    /// Where the others come from.
+    pub from: OverrideSource,
+    /// Names or provides.
+    pub packages: BTreeSet<String>,
+}
+
+/// Where packages come from that replace those of the base.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct OverrideSource {
+    /// The repository's name.
+    pub repo: String,
+}
+
+mapping!(OverrideReplace, "a mapping with \"from\" and \"packages\"", [from, packages], []);
+
+impl Decode for OverrideSource {
     fn decode(value: &Value, problems: &mut Problems) -> Option<Self> {
-        if !value.is_object() {
-            problems.unexpected(value, "a mapping with \"repo\" and \"packages\"");
+        if value.as_object().is_none_or(|source| source.len() != 1) {
+            problems.unexpected(value, "a mapping with \"repo\" and nothing else");
             return None;
         }
-        let repo = required(value, "repo", problems);
-        let packages = required(value, "packages", problems);
-        Some(Self { repo: repo?, packages: packages? })
+        required(value, "repo", problems).map(|repo| Self { repo })
     }
 }
+
+/// How the initramfs of a booted system is made again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Initramfs {
+    /// Whether it is.
+    pub regenerate: bool,
+    /// Files of /etc that go into it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etc: Option<BTreeSet<String>>,
+    /// Arguments of dracut.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub args: Option<Vec<String>>,
+}
+
+mapping!(Initramfs, "a mapping with \"regenerate\"", [regenerate], [etc, args]);
+
+/// Where a custom origin is described.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct CustomOrigin {
+    /// Its address.
+    pub url: String,
+    /// A line about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+}
+
+mapping!(CustomOrigin, "a mapping with \"url\"", [url], [description]);

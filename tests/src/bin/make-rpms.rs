@@ -1,7 +1,7 @@
 //! Makes the RPM repository that the demo composes from, and puts a treefile
 //! beside a `.repo` file that finds it.
 //!
-//!     make-rpms --output DIR [--cache DIR] [--update] [--treefile FILE --work DIR]
+//!     make-rpms --output DIR [--cache DIR] [--update] [--host | --large] [--treefile FILE --work DIR]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use e2e::rpms::{self, Variant, deb};
 
-const USAGE: &str = "make-rpms --output DIR [--cache DIR] [--update] [--treefile FILE --work DIR]";
+const USAGE: &str = "make-rpms --output DIR [--cache DIR] [--update] [--host | --large] [--treefile FILE --work DIR]";
 
 fn main() -> ExitCode {
     match arguments().and_then(|arguments| run(&arguments)) {
@@ -23,13 +23,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// The options by name; `--update` has the empty path.
+/// The options by name; `--update`, `--host` and `--large` have the empty path.
 fn arguments() -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
     let mut rest = std::env::args().skip(1);
     while let Some(name) = rest.next() {
         let value = match name.as_str() {
-            "--update" => String::new(),
+            "--update" | "--host" | "--large" => String::new(),
             "--output" | "--cache" | "--treefile" | "--work" => {
                 rest.next().with_context(|| format!("reading the value of {name}: {USAGE}"))?
             }
@@ -43,7 +43,15 @@ fn arguments() -> Result<BTreeMap<String, PathBuf>> {
 fn run(arguments: &BTreeMap<String, PathBuf>) -> Result<()> {
     let output = arguments.get("--output").with_context(|| format!("reading --output: {USAGE}"))?;
     let cache = arguments.get("--cache").cloned().unwrap_or_else(|| deb::default_cache(output));
-    let variant = if arguments.contains_key("--update") { Variant::Update } else { Variant::Demo };
+    let given = |name: &str| arguments.contains_key(name);
+    let variant = match (given("--update"), given("--host"), given("--large")) {
+        (false, false, false) => Variant::Demo,
+        (true, false, false) => Variant::Update,
+        (false, true, false) => Variant::Host,
+        (false, false, true) => Variant::Large,
+        (true, false, true) => Variant::LargeUpdate,
+        _ => bail!("--host goes with none of the others: {USAGE}"),
+    };
     rpms::make(variant, output, &cache)?;
     match (arguments.get("--treefile"), arguments.get("--work")) {
         (Some(treefile), Some(work)) => place(treefile, work, output),

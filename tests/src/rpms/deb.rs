@@ -14,7 +14,7 @@ use super::package::{Evr, File, Kind, Package, Regular, SOURCE_DATE_EPOCH, versi
 
 /// Names that Debian's maintainer scripts need and a tree of RPMs does not; and
 /// those that `filesystem`, `setup` and `demo-release` stand for.
-const DROPPED: [&str; 14] = [
+const DROPPED: [&str; 16] = [
     "base-files",
     "base-passwd",
     "debconf",
@@ -22,9 +22,11 @@ const DROPPED: [&str; 14] = [
     "debianutils",
     "dpkg",
     "init-system-helpers",
+    "initramfs-tools",
     "install-info",
     "libcap2-bin",
     "libpam-runtime",
+    "linux-base",
     "perl-base",
     "sysvinit-utils",
     "usr-is-merged",
@@ -157,6 +159,8 @@ impl Deb {
             arch: rpm_architecture(&self.architecture).to_owned(),
             summary: self.summary.clone(),
             requires,
+            // Debian's recommendations would double the tree.
+            recommends: Vec::new(),
             provides: provides.collect(),
             files,
             scripts: Vec::new(),

@@ -16,6 +16,7 @@ use rpm::Dependency;
 
 pub mod deb;
 pub mod package;
+pub mod selinux;
 pub mod synthetic;
 
 use deb::Deb;
@@ -37,9 +38,90 @@ pub const DEMO: [&str; 12] = [
     "util-linux",
 ];
 
+/// What a host that boots needs besides: a kernel, an initramfs, an init, a login.
+pub const HOST: [&str; 13] = [
+    "dbus",
+    "dracut-core",
+    "e2fsprogs",
+    "iproute2",
+    "kmod",
+    "linux-image-cloud-amd64",
+    "login",
+    "ostree-boot",
+    "procps",
+    "rpm",
+    "systemd",
+    "systemd-sysv",
+    "udev",
+];
+
+/// What makes a host as large as real ones, some 250 packages: for measuring.
+pub const LARGE: [&str; 38] = [
+    "bash-completion",
+    "btrfs-progs",
+    "bzip2",
+    "ca-certificates",
+    "chrony",
+    "cifs-utils",
+    "crun",
+    "cryptsetup-bin",
+    "curl",
+    "dmidecode",
+    "dosfstools",
+    "ethtool",
+    "file",
+    "gdisk",
+    "git",
+    "ipset",
+    "iptables",
+    "jq",
+    "less",
+    "lsof",
+    "lvm2",
+    "nfs-common",
+    "nftables",
+    "openssh-server",
+    "parted",
+    "pciutils",
+    "psmisc",
+    "python3",
+    "rsync",
+    "socat",
+    "strace",
+    "sudo",
+    "tcpdump",
+    "tmux",
+    "usbutils",
+    "vim-tiny",
+    "wget",
+    "xfsprogs",
+];
+
 /// Converted packages that have a newer release in [`Variant::Update`], beside
 /// `demo-agent`.
 pub const UPDATED: [&str; 2] = ["findutils", "sed"];
+
+/// Those that have one in [`Variant::LargeUpdate`]; none of them is in the initramfs.
+pub const LARGE_UPDATED: [&str; 18] = [
+    "chrony",
+    "curl",
+    "jq",
+    "libarchive13",
+    "libexpat1",
+    "libgnutls30",
+    "libsqlite3-0",
+    "libxml2",
+    "lsof",
+    "openssh-server",
+    "openssl",
+    "rsync",
+    "strace",
+    "sudo",
+    "tcpdump",
+    "tmux",
+    "vim-tiny",
+    "wget",
+];
 
 /// Which repository to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,8 +130,16 @@ pub enum Variant {
     Demo,
     /// The same with three newer packages: [`UPDATED`] and `demo-agent`.
     Update,
+    /// The demo's packages and [`HOST`].
+    Host,
+    /// The host's packages and [`LARGE`].
+    Large,
+    /// The same with newer ones of [`LARGE_UPDATED`].
+    LargeUpdate,
     /// Only packages that a compose must refuse, to be used beside the demo's.
     Faulty,
+    /// Only a SELinux policy.
+    Selinux,
 }
 
 impl Variant {
@@ -57,7 +147,20 @@ impl Variant {
         match self {
             Self::Demo => "demo",
             Self::Update => "update",
+            Self::Host => "host",
+            Self::Large => "large",
+            Self::LargeUpdate => "large-update",
             Self::Faulty => "faulty",
+            Self::Selinux => "selinux",
+        }
+    }
+
+    /// The converted packages that are newer in it.
+    fn updated(self) -> &'static [&'static str] {
+        match self {
+            Self::Update => &UPDATED,
+            Self::LargeUpdate => &LARGE_UPDATED,
+            _ => &[],
         }
     }
 }
@@ -72,9 +175,19 @@ pub fn update_repo() -> PathBuf {
     fixture(Variant::Update)
 }
 
+/// The repository of a host that boots.
+pub fn host_repo() -> PathBuf {
+    fixture(Variant::Host)
+}
+
 /// The repository of broken packages.
 pub fn faulty_repo() -> PathBuf {
     fixture(Variant::Faulty)
+}
+
+/// The repository of the SELinux policy.
+pub fn selinux_repo() -> PathBuf {
+    fixture(Variant::Selinux)
 }
 
 fn fixture(variant: Variant) -> PathBuf {
@@ -105,7 +218,10 @@ pub fn make(variant: Variant, output: &Path, cache: &Path) -> Result<()> {
     let staging = tempfile::tempdir_in(parent).context("creating a directory for the repository")?;
     let mut packages = match variant {
         Variant::Faulty => synthetic::faulty().into_iter().map(Source::Described).collect(),
-        Variant::Demo | Variant::Update => demo_sources(cache)?,
+        Variant::Selinux => vec![Source::Described(selinux::policy(cache)?)],
+        Variant::Demo | Variant::Update => sources(&DEMO, cache)?,
+        Variant::Host => sources(&[&DEMO[..], &HOST].concat(), cache)?,
+        Variant::Large | Variant::LargeUpdate => sources(&[&DEMO[..], &HOST, &LARGE].concat(), cache)?,
     };
     if variant == Variant::Update {
         packages.retain(|source| source.name() != "demo-agent");
@@ -145,7 +261,9 @@ fn made_by(variant: Variant) -> String {
         include_str!("mod.rs"),
         include_str!("deb.rs"),
         include_str!("package.rs"),
-        include_str!("synthetic.rs")
+        include_str!("selinux.rs"),
+        include_str!("synthetic.rs"),
+        include_str!("altfiles.c")
     );
     format!("{} {}\n", variant.name(), Digest::of(sources.as_bytes()))
 }
@@ -164,10 +282,10 @@ impl Source {
     }
 }
 
-fn demo_sources(cache: &Path) -> Result<Vec<Source>> {
-    let debs = deb::closure(&DEMO, cache)?;
+fn sources(names: &[&str], cache: &Path) -> Result<Vec<Source>> {
+    let debs = deb::closure(names, cache)?;
     deb::download(&debs, cache)?;
-    let described = synthetic::base(&deb::architecture()?).into_iter().map(Source::Described);
+    let described = synthetic::base(&deb::architecture()?)?.into_iter().map(Source::Described);
     Ok(described.chain(debs.into_iter().map(Source::Deb)).collect())
 }
 
@@ -182,7 +300,7 @@ fn write_all(packages: Vec<Source>, variant: Variant, cache: &Path, output: &Pat
                 Source::Deb(deb) => deb.convert(cache)?,
             };
             finish(&mut package);
-            if variant == Variant::Update && UPDATED.contains(&package.name.as_str()) {
+            if variant.updated().contains(&package.name.as_str()) {
                 update(&mut package);
             }
             package.write(output)?;
@@ -212,6 +330,12 @@ fn finish(package: &mut Package) {
             interpreter: "/bin/sh",
             body: "/sbin/ldconfig\n".to_owned(),
         }),
+        // The accounts that its maintainer scripts would have made.
+        "systemd" => package.scripts.push(Script {
+            when: When::FilesAdded("/usr/lib/sysusers.d"),
+            interpreter: "/bin/sh",
+            body: "systemd-sysusers\n".to_owned(),
+        }),
         "filesystem" | "setup" => return,
         _ => {}
     }
@@ -220,16 +344,16 @@ fn finish(package: &mut Package) {
     package.files.retain(|file| !(matches!(file.kind, Kind::Directory) && owned(&file.path)));
 }
 
-/// A newer release with other bytes in its first program, which still runs: an
+/// A newer release with other bytes in its programs and libraries, which still run: an
 /// ELF file may be followed by anything.
 fn update(package: &mut Package) {
     package.evr.release.push_str(".1");
-    let program = package.files.iter_mut().find_map(|file| match &mut file.kind {
-        Kind::Regular(regular) if file.mode & 0o111 != 0 => Some(regular),
-        _ => None,
-    });
-    if let Some(program) = program {
-        program.content.extend_from_slice(b"\nnewer\n");
+    for file in &mut package.files {
+        if let Kind::Regular(regular) = &mut file.kind
+            && regular.content.starts_with(b"\x7fELF")
+        {
+            regular.content.extend_from_slice(b"\nnewer\n");
+        }
     }
 }
 

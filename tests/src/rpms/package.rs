@@ -23,6 +23,8 @@ pub struct Package {
     pub summary: String,
     /// Capabilities that must be there; rich ones, such as `(a or b)`, too.
     pub requires: Vec<Dependency>,
+    /// Capabilities that should be there too.
+    pub recommends: Vec<Dependency>,
     /// Capabilities beside the package's own name.
     pub provides: Vec<Dependency>,
     /// Everything in the payload, in any order.
@@ -127,8 +129,8 @@ impl File {
     }
 
     /// A regular file of root's.
-    pub fn regular(path: &str, mode: u16, content: &str) -> Self {
-        let content = content.as_bytes().to_vec();
+    pub fn regular(path: &str, mode: u16, content: impl AsRef<[u8]>) -> Self {
+        let content = content.as_ref().to_vec();
         Self::roots(path, mode, Kind::Regular(Regular { content, ..Regular::default() }))
     }
 
@@ -207,6 +209,9 @@ impl Package {
         }
         for dependency in self.requires {
             builder.requires(dependency);
+        }
+        for dependency in self.recommends {
+            builder.recommends(dependency);
         }
         for dependency in self.provides {
             builder.provides(dependency);

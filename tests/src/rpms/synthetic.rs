@@ -2,6 +2,9 @@
 //! (`filesystem`, `setup`, a release), one with users and scriptlets of its own,
 //! and the faulty ones.
 
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
 use rpm::Dependency;
 
 use super::package::{Evr, File, Package, Script, When};
@@ -94,8 +97,12 @@ pub fn owns_directory(path: &str) -> bool {
 }
 
 /// The packages that every tree needs, with what `demo-agent` adds.
-pub fn base(arch: &str) -> Vec<Package> {
-    vec![filesystem(arch), setup(), release(), agent("1")]
+///
+/// # Errors
+///
+/// When there is no C compiler for the one program among them.
+pub fn base(arch: &str) -> Result<Vec<Package>> {
+    Ok(vec![filesystem(arch), setup(), release(), agent("1"), altfiles(arch)?])
 }
 
 fn noarch(name: &str, summary: &str) -> Package {
@@ -160,6 +167,26 @@ fn release() -> Package {
     }
 }
 
+/// The NSS service that finds the accounts of a tree. A compiler gives the same bytes
+/// from the same source, without the path of the source in them.
+fn altfiles(arch: &str) -> Result<Package> {
+    let dir = tempfile::tempdir().context("making a directory for the compiler")?;
+    let name = "libnss_altfiles.so.2";
+    std::fs::write(dir.path().join("altfiles.c"), include_str!("altfiles.c"))
+        .context("writing the compiler's input")?;
+    let mut command = Command::new("gcc");
+    command.args(["-shared", "-fPIC", "-O2", "-s", "-Wall", "-Werror", "-Wl,-soname,libnss_altfiles.so.2"]);
+    super::deb::bytes(command.current_dir(dir.path()).args(["-o", name, "altfiles.c"]))?;
+    let content = std::fs::read(dir.path().join(name)).context("reading what the compiler made")?;
+    let file = File::regular(&format!("/usr/lib/{name}"), 0o755, content);
+    Ok(Package {
+        arch: arch.to_owned(),
+        requires: vec![Dependency::any("filesystem"), Dependency::any("libc6")],
+        files: vec![file],
+        ..noarch("nss-altfiles", "Finds users and groups in /usr/lib")
+    })
+}
+
 /// A service with an account of its own. Each kind of scriptlet leaves something
 /// that a test can see, and that is the same in every build.
 pub fn agent(release: &str) -> Package {
@@ -180,7 +207,7 @@ pub fn agent(release: &str) -> Package {
     ];
     package.files = vec![
         File::directory("/usr/lib/demo", 0o755),
-        File::regular("/usr/lib/demo/agent", 0o755, &format!("#!/bin/sh\necho demo agent, release {release}\n")),
+        File::regular("/usr/lib/demo/agent", 0o755, format!("#!/bin/sh\necho demo agent, release {release}\n")),
         File::symlink("/usr/bin/demo-agent", "../lib/demo/agent"),
         File::directory("/etc/demo", 0o755),
         File::config("/etc/demo/agent.conf", 0o640, "interval=60\n").owned_by("root", "demo"),

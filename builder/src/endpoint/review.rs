@@ -1,0 +1,152 @@
+//! Asks the Kubernetes API whose a token is (TokenReview, authentication.k8s.io/v1).
+//! Answers are kept for a short while; what is kept is named by the token's digest.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderValue, StatusCode};
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
+use kube::api::PostParams;
+use kube::{Api, Client, Config};
+use oscontainer_artifact::digest::Digest;
+use oscontainer_program::{exit, tls};
+use tokio::sync::Semaphore;
+
+use super::reply::Refusal;
+
+/// How long a service account's token is believed without asking again.
+const KEEP: Duration = Duration::from_secs(60);
+/// How long a refused token is refused without asking again: its account may just
+/// have been made.
+const KEEP_REFUSED: Duration = Duration::from_secs(10);
+/// How many answers are kept.
+const KEPT: usize = 4096;
+/// How many questions are asked at a time: anybody can send a new token.
+const ASKED: usize = 8;
+/// How long the cluster may take, with the wait for one's turn.
+const TIMEOUT: Duration = Duration::from_secs(15);
+/// What the name of a service account's user starts with (Kubernetes, "Authenticating").
+const USER_PREFIX: &str = "system:serviceaccount:";
+
+/// A Kubernetes service account.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    namespace: String,
+    name: String,
+}
+
+impl FromStr for Account {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let valid = |part: &str| {
+            !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b))
+        };
+        match text.split_once('/') {
+            Some((namespace, name)) if valid(namespace) && valid(name) => {
+                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
+            }
+            _ => Err("expected NAMESPACE/NAME of a service account".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Who asks the cluster.
+pub struct Reviewer {
+    api: Api<TokenReview>,
+    audience: String,
+    asking: Semaphore,
+    kept: Mutex<HashMap<Digest, Kept>>,
+}
+
+/// An answer.
+#[derive(Clone)]
+struct Kept {
+    account: Option<Account>,
+    until: Instant,
+}
+
+impl Reviewer {
+    /// One that asks the cluster of the kubeconfig, or the one that this pod runs in.
+    ///
+    /// # Errors
+    /// When there is neither, or their files cannot be used.
+    pub async fn new(audience: String) -> Result<Self> {
+        tls::install_provider();
+        let config = Config::infer().await.context(
+            "finding the cluster for --token-review-audience: neither a kubeconfig nor a pod's service account",
+        )?;
+        let client = Client::try_from(config).context("setting up the client of the Kubernetes API")?;
+        let asking = Semaphore::new(ASKED);
+        Ok(Self { api: Api::all(client), audience, asking, kept: Mutex::default() })
+    }
+
+    /// The service account whose token this is; `None` where the cluster does not
+    /// vouch for it and our audience.
+    ///
+    /// # Errors
+    /// 503 when the cluster does not answer, or refuses to.
+    pub async fn review(&self, token: &str, digest: Digest) -> Result<Option<Account>, Refusal> {
+        if let Some(account) = self.lookup(&digest) {
+            return Ok(account);
+        }
+        let asked = tokio::time::timeout(TIMEOUT, async {
+            let _turn = self.asking.acquire().await.context("waiting for a turn")?;
+            // Somebody with the same token may have asked meanwhile.
+            match self.lookup(&digest) {
+                Some(account) => Ok(account),
+                None => self.ask(token, digest).await,
+            }
+        });
+        asked.await.context("no answer in time").flatten().map_err(|error| {
+            tracing::error!("reviewing a token: {}", exit::chain(&error));
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the cluster does not review tokens now; try again later")
+                .header(RETRY_AFTER, HeaderValue::from_static("5"))
+        })
+    }
+
+    async fn ask(&self, token: &str, digest: Digest) -> Result<Option<Account>> {
+        let review = TokenReview {
+            spec: TokenReviewSpec { token: Some(token.to_owned()), audiences: Some(vec![self.audience.clone()]) },
+            ..TokenReview::default()
+        };
+        let answer = self.api.create(&PostParams::default(), &review).await.context("asking for a TokenReview")?;
+        let status = answer.status.context("the TokenReview came back without a status")?;
+        // An API server without audiences would accept a token that was made for another:
+        // then status.audiences does not name ours.
+        let ours = status.audiences.is_some_and(|audiences| audiences.contains(&self.audience));
+        let user = status.user.and_then(|user| user.username).unwrap_or_default();
+        let account = user.strip_prefix(USER_PREFIX).and_then(|rest| rest.replacen(':', "/", 1).parse().ok());
+        let account = account.filter(|_| ours && status.authenticated == Some(true));
+        let lifetime = if account.is_some() { KEEP } else { KEEP_REFUSED };
+        let mut kept = self.kept();
+        if kept.len() >= KEPT {
+            let now = Instant::now();
+            kept.retain(|_, kept| kept.until > now);
+            if kept.len() >= KEPT {
+                kept.clear();
+            }
+        }
+        kept.insert(digest, Kept { account: account.clone(), until: Instant::now() + lifetime });
+        Ok(account)
+    }
+
+    fn lookup(&self, digest: &Digest) -> Option<Option<Account>> {
+        self.kept().get(digest).filter(|kept| kept.until > Instant::now()).map(|kept| kept.account.clone())
+    }
+
+    fn kept(&self) -> MutexGuard<'_, HashMap<Digest, Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

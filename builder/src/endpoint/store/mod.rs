@@ -1,0 +1,428 @@
+//! What is stored and when it becomes visible, whatever keeps it: a directory
+//! (directory.rs) or an object store (objects.rs). Files are kept by digest; a version is
+//! complete, and visible, from the moment its record exists, and a record is only ever
+//! created, never replaced.
+//!
+//!     STORE/artifacts/NAME/VERSION/version.json     the record: the commit point
+//!     STORE/artifacts/NAME/VERSION/sha256-HEX…      tarballs and the manifest, by digest
+//!     STORE/uploads/NAME/VERSION/…                  uploads that are resumed
+//!
+//! Everything here is synchronous; [`super::routes`] enters it on blocking threads.
+
+mod backend;
+mod directory;
+mod lease;
+mod location;
+mod objects;
+mod record;
+mod segments;
+mod swift;
+mod upload;
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher as _};
+use std::io::{self, ErrorKind};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use oscontainer_artifact::digest::Digest;
+use oscontainer_artifact::manifest::Manifest;
+use oscontainer_artifact::protocol::Name;
+
+use backend::{Backend, Sink};
+pub use backend::{Partial, Stored};
+pub use location::StoreOptions;
+use record::RECORD;
+pub use record::{Id, Record, digest_of, file_name, now};
+pub use upload::{Appending, Hashed, Received, Upload};
+
+/// What the record of a damaged version becomes.
+const DAMAGED: &str = "version.json.damaged";
+/// How many locks the artifacts' names share.
+const LOCKS: usize = 64;
+
+/// What became of a file that a client sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is there now, and durable.
+    Created,
+    /// The same bytes were there before.
+    Same,
+    /// A complete version holds this digest under that name instead.
+    Conflict(Digest),
+    /// The manifest's tarball was not uploaded, or has another size.
+    NoTarball,
+}
+
+/// What the store has of an upload.
+pub enum Found {
+    /// Nothing.
+    Nothing,
+    /// A part of it.
+    Partial(Partial),
+    /// The tarball, of so many bytes: it waits for its manifest, or the version is complete.
+    Whole(u64),
+    /// The version is complete with this one instead.
+    Conflict(Digest),
+}
+
+/// Artifacts, and the rules by which they come and go.
+pub struct Store {
+    backend: Box<dyn Backend>,
+    /// Bytes that it may hold.
+    quota: Option<u64>,
+    names: [Mutex<()>; LOCKS],
+}
+
+impl Store {
+    /// Opens the store that the options name, and puts right what a crash left.
+    ///
+    /// # Errors
+    /// When another process serves it, or it cannot be used.
+    pub fn open(options: &StoreOptions, quota: Option<u64>) -> Result<Self> {
+        let location = options.location()?;
+        let store = Self { backend: location.open()?, quota, names: std::array::from_fn(|_| Mutex::new(())) };
+        store.recover().context("checking the store")?;
+        Ok(store)
+    }
+
+    /// Removes what a crash left, and takes damaged versions out of service.
+    fn recover(&self) -> Result<()> {
+        let mut complete = Vec::new();
+        for (id, bytes) in self.backend.records(None)? {
+            match Record::parse(&bytes, &id) {
+                Ok(record) => complete.push((id, record)),
+                Err(error) => self.take_out(&id, &bytes, &format!("{error:#}"))?,
+            }
+        }
+        for (id, damage) in self.backend.recover(&complete)? {
+            if let Some((_, record)) = complete.iter().find(|(other, _)| *other == id) {
+                self.take_out(&id, &serde_json::to_vec(record)?, &damage)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a damaged version out of service, so that it can be published again. What was
+    /// damaged of it is gone.
+    fn take_out(&self, id: &Id, record: &[u8], damage: &str) -> Result<()> {
+        tracing::error!("{} {} is damaged and not served; publish it again: {damage}", id.name, id.version);
+        self.backend.remove(id, DAMAGED)?;
+        self.backend.create(id, DAMAGED, record)?;
+        self.backend.remove(id, RECORD)
+    }
+
+    /// Lets the next endpoint have it.
+    pub fn close(&self) {
+        self.backend.close();
+    }
+
+    /// Whether the store answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn check(&self) -> Result<()> {
+        self.backend.check()
+    }
+
+    /// Bytes that are free for uploads, of the disk and of the quota.
+    ///
+    /// # Errors
+    /// When the store does not say.
+    pub fn free(&self) -> Result<u64> {
+        let free = self.backend.free()?;
+        match self.quota {
+            None => Ok(free),
+            Some(quota) => Ok(free.min(quota.saturating_sub(self.backend.used()?))),
+        }
+    }
+
+    /// Bytes that are free whatever the quota says.
+    ///
+    /// # Errors
+    /// When the store does not say.
+    pub fn disk_free(&self) -> Result<u64> {
+        self.backend.free()
+    }
+
+    /// The record of a complete version.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn record(&self, id: &Id) -> Result<Option<Record>> {
+        self.backend.read(id, RECORD)?.map(|bytes| Record::parse(&bytes, id)).transpose()
+    }
+
+    /// Opens the manifest of a version with that digest.
+    ///
+    /// # Errors
+    /// When it cannot be opened; `None` where it is gone.
+    pub fn manifest(&self, id: &Id, digest: &Digest) -> Result<Option<Stored>> {
+        self.backend.manifest(id, digest)
+    }
+
+    /// Opens the tarball of a version with that digest.
+    ///
+    /// # Errors
+    /// When it cannot be opened; `None` where it is gone.
+    pub fn tarball(&self, id: &Id, digest: &Digest) -> Result<Option<Stored>> {
+        self.backend.tarball(id, digest)
+    }
+
+    /// Starts to receive a tarball.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn receive(&self, id: &Id) -> Result<Upload> {
+        Ok(Upload::new(Some(self.backend.receive(id)?)))
+    }
+
+    /// Keeps a tarball for the version, to be picked by its manifest.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn stage(&self, id: &Id, received: Received) -> Result<Outcome> {
+        let _guard = self.lock(&id.name);
+        if let Some(record) = self.record(id)? {
+            return Ok(same_or_conflict(record.digest, received.digest));
+        }
+        // Others may have come in meanwhile; what is here counts already.
+        if let Some(quota) = self.quota
+            && self.backend.used()? > quota
+        {
+            return Err(io::Error::from(ErrorKind::QuotaExceeded)).context("the store is at its --quota");
+        }
+        let Some(sink) = received.sink else {
+            bail!("{} {} was deleted while the upload was under way; send it again", id.name, id.version);
+        };
+        self.place(id, &received.digest, sink)
+    }
+
+    /// Stores a manifest and with it completes its version. `bytes` are the
+    /// manifest's, as they came.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn commit(&self, manifest: &Manifest, bytes: &[u8]) -> Result<Outcome> {
+        let id = Id { name: manifest.name.clone(), version: manifest.version.clone() };
+        let digest = Digest::of(bytes);
+        let _guard = self.lock(&id.name);
+        if let Some(record) = self.record(&id)? {
+            return Ok(same_or_conflict(record.manifest_digest, digest));
+        }
+        let tarball = self.backend.tarball(&id, &manifest.tarball.digest)?;
+        if tarball.map(|tarball| tarball.size) != Some(manifest.tarball.size) {
+            return Ok(Outcome::NoTarball);
+        }
+        self.backend.create(&id, &file_name(&digest), bytes)?;
+        let newest = self.versions(&id.name)?.first().map_or(0, |(_, record)| record.stored + 1);
+        let record = Record {
+            manifest_digest: digest,
+            manifest_size: bytes.len() as u64,
+            digest: manifest.tarball.digest,
+            size: manifest.tarball.size,
+            commit: manifest.commit,
+            ref_name: manifest.ref_name.clone(),
+            architecture: manifest.architecture.clone(),
+            stored: now().max(newest),
+        };
+        if !self.backend.create(&id, RECORD, &serde_json::to_vec(&record)?)? {
+            // Another endpoint on the same store was faster.
+            let stored = self.record(&id)?.context("the version was deleted at the same time; send it again")?;
+            return Ok(same_or_conflict(stored.manifest_digest, digest));
+        }
+        self.sweep(&id, &record);
+        Ok(Outcome::Created)
+    }
+
+    /// Removes a version, complete or not; whether there was one.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn delete(&self, id: &Id) -> Result<bool> {
+        let _guard = self.lock(&id.name);
+        self.backend.delete(id)
+    }
+
+    /// All complete versions of all artifacts, the names sorted, versions newest first. One
+    /// whose record cannot be read is left out, with a line in the log.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn all(&self) -> Result<Artifacts> {
+        self.complete(None)
+    }
+
+    /// The complete versions of an artifact, newest first.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn versions(&self, name: &Name) -> Result<Vec<(Name, Record)>> {
+        Ok(self.complete(Some(name))?.pop().map(|(_, versions)| versions).unwrap_or_default())
+    }
+
+    fn complete(&self, name: Option<&Name>) -> Result<Artifacts> {
+        let mut artifacts = Artifacts::new();
+        let mut records = self.backend.records(name)?;
+        records.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
+        for (id, bytes) in records {
+            match Record::parse(&bytes, &id) {
+                Ok(record) => match artifacts.last_mut().filter(|(name, _)| *name == id.name) {
+                    Some((_, versions)) => versions.push((id.version, record)),
+                    None => artifacts.push((id.name, vec![(id.version, record)])),
+                },
+                Err(error) => tracing::error!("{error:#}: the version is left out"),
+            }
+        }
+        for (_, versions) in &mut artifacts {
+            versions.sort_by(|(a, x), (b, y)| y.stored.cmp(&x.stored).then_with(|| b.cmp(a)));
+        }
+        Ok(artifacts)
+    }
+
+    /// What there is of the upload of a tarball with this digest.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn find_upload(&self, id: &Id, digest: &Digest) -> Result<Found> {
+        if let Some(record) = self.record(id)? {
+            return Ok(match same_or_conflict(record.digest, *digest) {
+                Outcome::Conflict(stored) => Found::Conflict(stored),
+                _ => Found::Whole(record.size),
+            });
+        }
+        if let Some(tarball) = self.backend.tarball(id, digest)? {
+            return Ok(Found::Whole(tarball.size));
+        }
+        Ok(self.backend.partial(id, digest)?.map_or(Found::Nothing, Found::Partial))
+    }
+
+    /// Begins an upload of `length` bytes, unless there is something of it already.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn begin_upload(&self, id: &Id, digest: &Digest, length: u64) -> Result<Found> {
+        let _guard = self.lock(&id.name);
+        match self.find_upload(id, digest)? {
+            Found::Nothing => self.backend.begin(id, digest, length).map(Found::Partial),
+            found => Ok(found),
+        }
+    }
+
+    /// Opens an upload to be added to. What is there is hashed, unless `hashed` says it all:
+    /// after a restart, or where bytes were written that nobody was told of.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn append(&self, id: &Id, digest: &Digest, partial: Partial, hashed: Option<Hashed>) -> Result<Appending> {
+        let mut hashed = hashed.filter(|hashed| hashed.is_of(&partial)).unwrap_or_default();
+        let sink = self.backend.append(id, digest, &partial, &mut hashed)?;
+        let upload = Upload { sink: Some(sink), hasher: hashed.hasher, size: hashed.offset };
+        Ok(Appending { upload, length: partial.length })
+    }
+
+    /// Ends an upload that has all its bytes: the tarball waits for its manifest now.
+    /// `None` if it has another digest; then nothing of it is left.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn finish_upload(&self, id: &Id, digest: &Digest, appending: Appending) -> Result<Option<Outcome>> {
+        let received = appending.upload.finish()?;
+        let _guard = self.lock(&id.name);
+        if received.digest != *digest {
+            self.backend.cancel(id, digest)?;
+            return Ok(None);
+        }
+        let outcome = match self.record(id)? {
+            Some(record) => same_or_conflict(record.digest, *digest),
+            None => {
+                let sink = received.sink.context("an upload that is added to has a place")?;
+                self.place(id, digest, sink)?
+            }
+        };
+        self.backend.cancel(id, digest)?;
+        Ok(Some(outcome))
+    }
+
+    /// Gives an upload up; whether there was one.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn cancel_upload(&self, id: &Id, digest: &Digest) -> Result<bool> {
+        let _guard = self.lock(&id.name);
+        let Found::Partial(_) = self.find_upload(id, digest)? else { return Ok(false) };
+        self.backend.cancel(id, digest)?;
+        Ok(true)
+    }
+
+    /// The uploads that nobody has added to for `age`.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn stale_uploads(&self, age: Duration) -> Result<Vec<(Id, Digest)>> {
+        self.backend.stale(age)
+    }
+
+    /// Removes tarballs whose manifest has not come for `age`.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn expire_staged(&self, age: Duration) -> Result<()> {
+        self.backend.expire(age, &|name| self.lock(name))
+    }
+
+    fn place(&self, id: &Id, digest: &Digest, sink: Box<dyn Sink>) -> Result<Outcome> {
+        if self.backend.tarball(id, digest)?.is_some() {
+            return Ok(Outcome::Same);
+        }
+        Ok(if sink.place(digest)? { Outcome::Created } else { Outcome::Same })
+    }
+
+    /// Removes what a complete version does not need; the next start tries again.
+    fn sweep(&self, id: &Id, record: &Record) {
+        if let Err(error) = self.backend.sweep(id, record) {
+            tracing::warn!("clearing {} {}: {error:#}", id.name, id.version);
+        }
+    }
+
+    /// What changes a name's versions is done under its lock; a lock whose holder
+    /// panicked guards nothing that could be half done in memory.
+    fn lock(&self, name: &Name) -> MutexGuard<'_, ()> {
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        self.names[(hasher.finish() % LOCKS as u64) as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The names of all artifacts with their complete versions, newest first.
+pub type Artifacts = Vec<(Name, Vec<(Name, Record)>)>;
+
+/// How the store failed.
+pub enum Failure {
+    /// There is no space left.
+    Full,
+    /// It may answer later.
+    Passing,
+    /// Otherwise.
+    Other,
+}
+
+/// How the store failed that gave this error.
+pub fn failure(error: &anyhow::Error) -> Failure {
+    for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<io::Error>()
+            && matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
+        {
+            return Failure::Full;
+        }
+        if let Some(error) = cause.downcast_ref::<opendal::Error>() {
+            return objects::failure(error);
+        }
+    }
+    Failure::Other
+}
+
+fn same_or_conflict(stored: Digest, sent: Digest) -> Outcome {
+    if stored == sent { Outcome::Same } else { Outcome::Conflict(stored) }
+}

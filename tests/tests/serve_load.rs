@@ -1,0 +1,135 @@
+//! `serve` with many clients, with clients that do not do their part, and over TLS.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use e2e::authority::Authority;
+use e2e::repo::OstreeRepo;
+use e2e::{Done, Server, aggregator, ok, peak_memory, raise_file_limit, run, tool, wait_for};
+use tempfile::TempDir;
+
+fn request(server: &Server, head: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(&server.address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    stream.write_all(head.as_bytes()).unwrap();
+    stream
+}
+
+/// A repository with an object that is larger than what the kernel keeps for a connection.
+fn large(dir: &Path) -> OstreeRepo {
+    let repo = OstreeRepo::new(dir, "repo");
+    repo.put_noise("blob", 20 << 20, 1);
+    repo.commit("a/ref", "one");
+    repo
+}
+
+/// The served path of the largest object, and its content.
+fn largest(repo: &OstreeRepo) -> (String, Vec<u8>) {
+    let found = ok(tool("find").arg(repo.path.join("objects")).args(["-name", "*.filez", "-printf", "%s %p\n"])).stdout;
+    let sized = found.lines().filter_map(|line| line.split_once(' '));
+    let (_, path) = sized.max_by_key(|(size, _)| size.parse::<u64>().unwrap()).expect("there are objects");
+    (path.strip_prefix(repo.path.to_str().unwrap()).unwrap().to_owned(), fs::read(path).unwrap())
+}
+
+#[test]
+fn two_thousand_clients_of_a_large_object_take_little_memory() {
+    raise_file_limit();
+    let dir = TempDir::new().unwrap();
+    let repo = large(dir.path());
+    let (path, content) = largest(&repo);
+    let mut command = aggregator();
+    command.args(["serve", "--client-timeout=600", "--repo"]).arg(&repo.path);
+    let mut server = Server::start(&mut command);
+    let get = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let mut clients: Vec<_> = (0..2000).map(|_| request(&server, &get)).collect();
+    // All of them are under way.
+    for client in &mut clients {
+        let mut head = [0; 1000];
+        client.read_exact(&mut head).unwrap();
+        assert!(head.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&head));
+    }
+    let peak = peak_memory(server.child().id());
+    println!("a peak of {peak} KiB");
+    assert!(peak < 40 << 10, "a peak of {peak} KiB");
+    // They get what they asked for.
+    for mut client in clients.into_iter().step_by(500) {
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).unwrap();
+        assert!(rest == content[content.len() - rest.len()..] && rest.len() + 1000 > content.len());
+    }
+}
+
+#[test]
+fn clients_that_do_nothing_are_hung_up_on() {
+    let dir = TempDir::new().unwrap();
+    let repo = large(dir.path());
+    let (path, _) = largest(&repo);
+    let mut command = aggregator();
+    command.args(["serve", "--client-timeout=2", "--max-connections=20", "--repo"]).arg(&repo.path);
+    let mut server = Server::start(&mut command);
+    let id = server.child().id();
+    let open = || fs::read_dir(format!("/proc/{id}/fd")).unwrap().count();
+    let idle = open();
+    let heads = [
+        "GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ".to_owned(),
+        String::new(),
+        format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ];
+    let crowd: Vec<_> = (0..20).map(|number| request(&server, &heads[number % 3])).collect();
+    wait_for(|| open() >= idle + 20, "all to be connected");
+    // One more waits until there is room, and there is, for the others do not do their part.
+    let begun = Instant::now();
+    assert_eq!(ok(tool("curl").args(["-sS", "--max-time", "30", &format!("{}/healthz", server.url())])).stdout, "ok\n");
+    assert!(begun.elapsed() > Duration::from_millis(300), "{:?}", begun.elapsed());
+    wait_for(|| open() <= idle + 1, "all to be hung up on");
+    drop(crowd);
+    // A head without end is refused.
+    let mut greedy = request(&server, &format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(200_000)));
+    let mut answer = Vec::new();
+    // The server may have closed before all was sent, and what it said be lost.
+    let _ = greedy.read_to_end(&mut answer);
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&answer));
+}
+
+#[test]
+fn tls_with_http_2_takes_new_certificates() {
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    repo.put_noise("blob", 3 << 20, 1);
+    let commit = repo.commit("a/ref", "one");
+    let (first, second) = (Authority::new(), Authority::new());
+    let (cert, key) = (dir.path().join("tls.crt"), dir.path().join("tls.key"));
+    first.issue("mirror", &cert, &key);
+    let mut command = aggregator();
+    command.arg("serve").arg("--tls-cert").arg(&cert).arg("--tls-key").arg(&key).arg("--repo").arg(&repo.path);
+    let server = Server::start(&mut command);
+    let url = format!("https://{}", server.address);
+    let get = |authority: &Authority, path: &str, out: &Path| -> Done {
+        let format = "%{http_version} %{http_code}";
+        run(tool("curl")
+            .args(["-sS", "-w", format, "--cacert"])
+            .arg(authority.ca())
+            .arg("-o")
+            .arg(out)
+            .arg(format!("{url}{path}")))
+    };
+    let out = dir.path().join("out");
+    let (path, content) = largest(&repo);
+    assert_eq!(get(&first, &path, &out).stdout, "2 200");
+    assert!(fs::read(&out).unwrap() == content);
+    assert_eq!(get(&second, "/healthz", &out).code, 60, "another authority's certificate");
+    // The real client.
+    let mirror = OstreeRepo::new(dir.path(), "mirror");
+    let ca = format!("--set=tls-ca-path={}", first.ca().display());
+    ok(mirror.ostree().args(["remote", "add", "--set=gpg-verify=false", &ca, "r", &url]));
+    ok(mirror.ostree().args(["pull", "--mirror", "r", "a/ref"]));
+    assert_eq!(ok(mirror.ostree().args(["rev-parse", "a/ref"])).stdout.trim(), commit);
+    let (new_cert, new_key) = (dir.path().join("new.crt"), dir.path().join("new.key"));
+    second.issue("mirror", &new_cert, &new_key);
+    fs::rename(new_key, key).unwrap();
+    fs::rename(new_cert, cert).unwrap();
+    wait_for(|| get(&second, "/healthz", &out).code == 0, "the new certificate");
+}

@@ -1,0 +1,163 @@
+//! `run` as in its Pod: with the service account's files where the kubelet mounts them, it
+//! composes, publishes, starts the aggregation and writes Events, with the rights of the
+//! manifests' Roles and no others. The API server is a stand-in.
+
+use std::fs;
+use std::process::Command;
+
+use e2e::endpoint::{Endpoint, bearer};
+use e2e::kubernetes::{COMPOSE, Kubernetes, OTHER};
+use e2e::{builder, fails, ok, rpms, source_dir, tool};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const TOKEN: &str = "the-pods-token";
+const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
+
+/// A cluster with the manifests, an endpoint, and what the Pod's volumes hold.
+struct Setting {
+    cluster: Kubernetes,
+    endpoint: Endpoint,
+    dir: TempDir,
+}
+
+impl Setting {
+    fn new() -> Self {
+        let (cluster, endpoint, dir) = (Kubernetes::with_manifests(&[]), Endpoint::start(), TempDir::new().unwrap());
+        cluster.know(TOKEN, "system:serviceaccount:oscontainer-compose:compose", &[]);
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("account/token", TOKEN);
+        write("account/namespace", COMPOSE);
+        write("account/ca.crt", &fs::read_to_string(cluster.ca()).unwrap());
+        write("token", bearer().trim_start_matches("Authorization: Bearer "));
+        let fields = "selinux: false\nreleasever: \"1\"\nrepos: [distribution]\npackages: [filesystem, setup, bash]\n";
+        write("treefile/host.yaml", &format!("ref: test/host\n{fields}"));
+        // As it is shipped: the repositories are those of the image.
+        let shipped = fs::read_to_string(source_dir().join("treefiles/host.repo")).unwrap();
+        write("treefile/host.repo", &shipped);
+        write("yum.repos.d/another.repo", "[another]\nname=another\nbaseurl=http://127.0.0.1:1/\n");
+        rpms::write_repo_file(&dir.path().join("yum.repos.d/d.repo"), "distribution", &rpms::demo_repo()).unwrap();
+        Self { cluster, endpoint, dir }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    /// `run` in a mount namespace in which the account's files are where a Pod has them.
+    fn run(&self, trigger: &[&str]) -> Command {
+        let inner = builder();
+        let (host, port) = self.cluster.address.split_once(':').unwrap();
+        let mut command = tool("unshare");
+        let script = format!("mount -t tmpfs tmpfs /run && mkdir -p {ACCOUNT} && cp \"$0\"/* {ACCOUNT} && exec \"$@\"");
+        command.args(["--mount", "sh", "-ec", &script, &self.path("account")]).arg(inner.get_program());
+        command.args(["run", "--engine", "dnf", "--output-format", "json", "--version-string", "1"]);
+        command.args(["--endpoint", &self.endpoint.url(""), "--token-file", &self.path("token")]);
+        command.args(["--cache-dir", &self.path("cache"), "--repos-dir", &self.path("yum.repos.d")]);
+        command.args(["--job", "compose-1", "--job-uid", "7", "--result-file", &self.path("message")]);
+        command.args(trigger).arg(self.path("treefile/host.yaml"));
+        command.env("KUBERNETES_SERVICE_HOST", host).env("KUBERNETES_SERVICE_PORT", port);
+        command.env_remove("KUBECONFIG").env("HOME", self.dir.path());
+        command
+    }
+
+    /// The Events about the Job so far: reasons and times.
+    fn events(&self) -> Vec<(String, String)> {
+        let mut events = self.cluster.list("Event", COMPOSE);
+        events.sort_by_key(|event| event["metadata"]["resourceVersion"].as_str().unwrap().parse::<u64>().unwrap());
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        for event in &events {
+            assert_eq!(
+                event["regarding"],
+                json!({"apiVersion": "batch/v1", "kind": "Job", "name": "compose-1",
+                "namespace": COMPOSE, "uid": "7"})
+            );
+        }
+        events.iter().map(|event| (text(&event["reason"]), text(&event["eventTime"]))).collect()
+    }
+}
+
+fn environment<'a>(job: &'a Value, name: &str) -> Vec<&'a str> {
+    let pod = &job["spec"]["template"]["spec"];
+    let containers = ["initContainers", "containers"].map(|list| pod[list].as_array().unwrap());
+    let variables = containers.into_iter().flatten().flat_map(|container| container["env"].as_array().unwrap());
+    variables.filter(|one| one["name"] == name).map(|one| one["value"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn a_run_starts_the_aggregation_job() {
+    let setting = Setting::new();
+    let there = ["--trigger", "cronjob/aggregate", "--trigger-namespace", OTHER];
+    let result = ok(&mut setting.run(&there)).json();
+    let (url, digest) = (result["manifestUrl"].as_str().unwrap(), result["manifestDigest"].as_str().unwrap());
+    let job = setting.cluster.one("Job", OTHER, &format!("aggregate-{}", &digest[7..17]));
+    assert_eq!(environment(&job, "ARTIFACT_URL"), [url; 3]);
+    assert_eq!(environment(&job, "ARTIFACT_DIGEST"), [digest; 3]);
+    let template = setting.cluster.one("CronJob", OTHER, "aggregate");
+    assert_eq!(job["metadata"]["ownerReferences"][0]["uid"], template["metadata"]["uid"]);
+    let account = &job["spec"]["template"]["spec"]["serviceAccountName"];
+    assert_eq!((account, &template["spec"]["suspend"]), (&json!("aggregate"), &json!(true)));
+    // Nothing was asked for that the Roles do not give.
+    assert_eq!(setting.cluster.refused(), Vec::<String>::new());
+
+    // Events: the stages, not more often than every five seconds, and the end.
+    let events = setting.events();
+    let reasons: Vec<_> = events.iter().map(|(reason, _)| reason.as_str()).collect();
+    assert_eq!((reasons[0], &reasons[reasons.len() - 2..]), ("Composing", &["Triggered", "Published"][..]));
+    let seconds = |time: &str| -> f64 {
+        let (hours, rest) = time.split_once('T').unwrap().1.trim_end_matches('Z').split_once(':').unwrap();
+        let (minutes, seconds) = rest.split_once(':').unwrap();
+        let number = |text: &str| text.parse::<f64>().unwrap();
+        number(hours) * 3600.0 + number(minutes) * 60.0 + number(seconds)
+    };
+    let stages: Vec<_> = events[..events.len() - 2].iter().map(|(_, time)| seconds(time)).collect();
+    assert!(stages.windows(2).all(|pair| (pair[1] - pair[0]).rem_euclid(86400.0) >= 5.0), "{events:?}");
+
+    // The next night nothing is new: the same artifact, and no second Job.
+    let again = ok(&mut setting.run(&there));
+    assert!(again.stderr.contains("nothing changed since commit"), "{}", again.stderr);
+    assert_eq!(again.json()["manifestDigest"], digest);
+    setting.cluster.one("Job", OTHER, "aggregate-");
+}
+
+#[test]
+fn a_run_instantiates_the_build() {
+    let setting = Setting::new();
+    let openshift = source_dir().join("manifests/openshift");
+    setting.cluster.put_files([openshift.join("00-rights.yaml").as_path(), &openshift.join("40-build.yaml")]);
+    let there = ["--trigger", "buildconfig/oscontainer", "--trigger-namespace", OTHER];
+    let result = ok(&mut setting.run(&there)).json();
+    let build = setting.cluster.one("Build", OTHER, "oscontainer-");
+    let arguments = json!([{"name": "ARTIFACT_URL", "value": result["manifestUrl"]},
+        {"name": "ARTIFACT_DIGEST", "value": result["manifestDigest"]}]);
+    assert_eq!(build["spec"]["strategy"]["dockerStrategy"]["buildArgs"], arguments);
+    assert_eq!(setting.cluster.refused(), Vec::<String>::new());
+
+    // Of all else it has no right. What was published stays, and the message says what happened.
+    for (trigger, namespace) in [
+        ("buildconfig/another", OTHER),
+        ("buildconfig/oscontainer", COMPOSE),
+        ("cronjob/another", OTHER),
+        ("cronjob/aggregate", COMPOSE),
+    ] {
+        let options = ["--trigger", trigger, "--trigger-namespace", namespace];
+        fails(&mut setting.run(&options), 3, &format!("starting {trigger} in {namespace}"));
+        let message = fs::read_to_string(setting.path("message")).unwrap();
+        let message: Value = serde_json::from_str(&message).unwrap();
+        assert!(message["exitCode"] == 3 && message["error"].as_str().unwrap().contains("403"), "{message}");
+    }
+    assert_eq!(setting.events().last().unwrap().0, "Failed");
+
+    // A repository that is in neither place, and files that are not beside the treefile.
+    let treefile = setting.path("treefile/host.yaml");
+    let text = fs::read_to_string(&treefile).unwrap();
+    fs::write(&treefile, text.replace("[distribution]", "[nobodys, distribution]")).unwrap();
+    fails(&mut setting.run(&there), 3, "repository \"nobodys\", but no .repo file in");
+    fs::write(setting.path("base.yaml"), "packages: [bash]\n").unwrap();
+    fs::write(&treefile, format!("{text}include: ../base.yaml\n")).unwrap();
+    fails(&mut setting.run(&there), 3, "all files must be below the treefile's directory");
+}
