@@ -40,6 +40,9 @@ use crate::tls::TlsOptions;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest head of a request, and how much of a body is read at a time, in bytes.
 const BUFFER: usize = 64 << 10;
+/// Bytes that the kernel takes from us for a client before it has sent those before: a client that reads
+/// slowly, or not at all, would have it keep megabytes.
+const UNSENT: u32 = 256 << 10;
 /// Threads for each core that read large files: as many as disks can serve at a time, and no more.
 const BLOCKING: usize = 8;
 /// How often a silent HTTP/2 client is asked whether it is there.
@@ -258,6 +261,7 @@ impl Client {
         let service = WithPeer { service: self.service, peer };
         // The kernel sees better than we do whether a client takes what it is sent.
         SockRef::from(&stream).set_tcp_user_timeout(Some(self.timeout))?;
+        SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT)?;
         match tls {
             // Apart, for what it needs would be taken for each connection without TLS too.
             Some(config) => Box::pin(secure(stream, config, service, self.watcher, self.timeout)).await,

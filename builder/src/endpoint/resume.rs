@@ -271,17 +271,12 @@ async fn prepare(shared: &Shared, key: &Key, headers: &HeaderMap) -> Result<Prep
 }
 
 async fn added(shared: &Shared, key: &Key, prepared: Prepared, incoming: &mut Incoming) -> Result<Response, Refusal> {
-    let Prepared { mut work, complete, ended } = prepared;
-    let end = loop {
-        let (batch, end) = tokio::select! {
-            read = incoming.batch() => read,
-            () = ended.cancelled() => (incoming.take(), End::Broke(superseded())),
-        };
-        work = blocking(shared, move |_| work.upload.write(&batch).map(|()| work)).await?;
-        if !matches!(end, End::More) {
-            break end;
-        }
+    let Prepared { work, complete, ended } = prepared;
+    let ended = async {
+        ended.cancelled().await;
+        superseded()
     };
+    let (work, end) = incoming.write_to(work, |work, batch| work.upload.write(batch), ended).await?;
     if incoming.exceeded {
         // The draft wants it gone (Upload Append, Server Behavior).
         drop(work);

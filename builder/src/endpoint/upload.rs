@@ -2,8 +2,11 @@
 //! a body is hashed and written while it comes in, half a mebibyte at a time, on a
 //! blocking thread that is held only while there is something to write.
 
+use std::future::pending;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
+use anyhow::Result;
 use axum::body::{Body, BodyDataStream};
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, EXPECT};
 use axum::http::{HeaderMap, HeaderName, StatusCode};
@@ -182,29 +185,18 @@ pub fn reply(target: &Target, outcome: Outcome, digest: Digest) -> Result<Respon
     Ok(response)
 }
 
-/// Takes a tarball in. Batches are written while the next one comes in.
+/// Takes a tarball in.
 async fn receive(shared: &Shared, id: &Id, admitted: &Admitted, incoming: &mut Incoming) -> Result<Received, Refusal> {
-    let mut upload = match admitted.complete {
+    let upload = match admitted.complete {
         Some(_) => Upload::discard(),
         None => {
             let id = id.clone();
             blocking(shared, move |store| store.receive(&id)).await?
         }
     };
-    let (mut batch, mut end) = incoming.batch().await;
-    loop {
-        let writing = blocking(shared, move |_| upload.write(&batch).map(|()| upload));
-        match end {
-            End::More => {}
-            End::Done => {
-                upload = writing.await?;
-                break;
-            }
-            End::Broke(refusal) => return Err(refusal),
-        }
-        let (written, next) = tokio::join!(writing, incoming.batch());
-        upload = written?;
-        (batch, end) = next;
+    let (upload, end) = incoming.write_to(upload, |upload, batch| upload.write(batch), pending()).await?;
+    if let End::Broke(refusal) = end {
+        return Err(refusal);
     }
     let received = blocking(shared, move |_| upload.finish()).await?;
     matches_claim(admitted.claimed, received.digest)?;
@@ -278,25 +270,52 @@ impl Incoming {
         Ok(Some(chunk))
     }
 
-    /// The next chunks, [`BATCH`] bytes or a little more, and what follows them. Whoever
-    /// stops waiting finds what came until then with [`Incoming::take`].
-    pub async fn batch(&mut self) -> (Vec<Bytes>, End) {
-        let end = loop {
+    /// Gives all that comes to `write`, each batch while the next one comes in, until the body ends or
+    /// `stop` does; what came until then is written too.
+    ///
+    /// # Errors
+    /// Those of `write`.
+    pub async fn write_to<T: Send + 'static>(
+        &mut self,
+        mut target: T,
+        write: fn(&mut T, &[Bytes]) -> Result<()>,
+        stop: impl Future<Output = Refusal>,
+    ) -> Result<(T, End), Refusal> {
+        let shared = self.shared.clone();
+        let mut stop = pin!(stop);
+        let (mut batch, mut end) = self.batch(stop.as_mut()).await;
+        loop {
+            let writing = blocking(&shared, move |_| write(&mut target, &batch).map(|()| target));
+            if !matches!(end, End::More) {
+                return Ok((writing.await?, end));
+            }
+            let (written, next) = tokio::join!(writing, self.batch(stop.as_mut()));
+            target = written?;
+            (batch, end) = next;
+        }
+    }
+
+    /// The next chunks, [`BATCH`] bytes or a little more, and what follows them.
+    async fn batch(&mut self, stop: Pin<&mut impl Future<Output = Refusal>>) -> (Vec<Bytes>, End) {
+        let end = tokio::select! {
+            end = self.fill() => end,
+            refusal = stop => End::Broke(refusal),
+        };
+        (std::mem::take(&mut self.waiting), end)
+    }
+
+    /// Waits for [`BATCH`] bytes, and says what follows them.
+    async fn fill(&mut self) -> End {
+        loop {
             if self.waiting.iter().map(Bytes::len).sum::<usize>() >= BATCH {
-                break End::More;
+                return End::More;
             }
             match self.next().await {
                 Ok(Some(chunk)) => self.waiting.push(chunk),
-                Ok(None) => break End::Done,
-                Err(refusal) => break End::Broke(refusal),
+                Ok(None) => return End::Done,
+                Err(refusal) => return End::Broke(refusal),
             }
-        };
-        (self.take(), end)
-    }
-
-    /// What came and was not given out.
-    pub fn take(&mut self) -> Vec<Bytes> {
-        std::mem::take(&mut self.waiting)
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Files on their way in: written, hashed and counted in one go.
 
+use std::thread;
+
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use oscontainer_artifact::digest::{Digest, Hasher};
@@ -40,18 +42,27 @@ impl Upload {
         Self::new(None)
     }
 
-    /// Adds `chunks`.
+    /// Adds `chunks`: one thread hashes them while this one writes, for each of the two may take
+    /// as long as the network.
     ///
     /// # Errors
     /// When the store is full or fails.
     pub fn write(&mut self, chunks: &[Bytes]) -> Result<()> {
-        if let Some(sink) = &mut self.sink {
-            sink.write(chunks).context("writing the upload")?;
-        }
-        for chunk in chunks {
-            self.hasher.update(chunk);
-            self.size += chunk.len() as u64;
-        }
+        let Self { sink, hasher, size } = self;
+        thread::scope(|scope| {
+            let mut hash = || chunks.iter().for_each(|chunk| hasher.update(chunk));
+            match sink {
+                Some(sink) => {
+                    thread::Builder::new().spawn_scoped(scope, hash).context("starting a thread")?;
+                    sink.write(chunks).context("writing the upload")
+                }
+                None => {
+                    hash();
+                    Ok(())
+                }
+            }
+        })?;
+        *size += chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
         Ok(())
     }
 
