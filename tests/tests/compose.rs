@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::LazyLock;
@@ -210,7 +211,15 @@ fn two_composes_give_the_same_tarball() {
     std::thread::sleep(Duration::from_secs(1));
     // Not below /tmp, which is emptied in the tree.
     let second = tempfile::tempdir_in(e2e::target_dir()).unwrap();
-    let result = ok(&mut compose(second.path(), &treefile(&second.path().join("elsewhere"), ""))).json();
+    // Nor does it matter what the caller has set, or to whom new files in its directories belong.
+    let cache = second.path().join("cache");
+    fs::create_dir(&cache).unwrap();
+    std::os::unix::fs::chown(&cache, None, Some(12)).unwrap();
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o2777)).unwrap();
+    let mut elsewhere = compose(second.path(), &treefile(&second.path().join("elsewhere"), ""));
+    let caller =
+        [("LANGUAGE", "de"), ("LANG", "de_DE.UTF-8"), ("TZ", "Asia/Tokyo"), ("TMPDIR", "/var/tmp"), ("X", "y")];
+    let result = ok(elsewhere.envs(caller)).json();
     let repo = second.path().join("repo");
     assert_same_commit(&first.dir.path().join("repo"), &first.commit, &repo, result["commit"].as_str().unwrap());
     let one = pack(&first.dir.path().join("repo"), &second.path().join("one"));

@@ -135,14 +135,14 @@ fn what_dnf_does_not_carry_out_is_refused_with_all_places() {
     let host = "include: base.yaml\ncliwrap: true\nima: false\nostree-layers: [a]\nconditional-include:\n\
                 - if: basearch != \"none\"\n  include:\n    gpg-key: \"1\"\n";
     let treefile = small(dir.path(), host);
-    let base = "packages: [filesystem]\nboot_location: kernel-install\nostree-layers: [b]\ncliwrap: true\nrepo-metadata: disabled\n\
+    let base = "packages: [filesystem]\nselinux-label-version: 1\nostree-layers: [b]\ncliwrap: true\nrepo-metadata: disabled\n\
                 override-remove: [bash]\nsysusers: compose-forced\nlockfile-repos: [x]\nmetadata: {a: 1}\n";
     fs::write(dir.path().join("base.yaml"), base).unwrap();
     let done = fails(&mut compose(dir.path(), &treefile), 3, "use --engine rpm-ostree");
     let [host, base] = ["host.yaml", "base.yaml"].map(|name| dir.path().join(name).display().to_string());
     let expected = format!(
         "the dnf engine does not carry out cliwrap ({host}:6), gpg-key ({host}:12), ostree-layers ({host}:8, {base}:3), \
-         boot-location ({base}:2): use"
+         selinux-label-version ({base}:2): use"
     );
     assert!(done.stderr.contains(&expected), "{}", done.stderr);
     let layering = format!("override-remove ({base}:6): for layering on a booted system, not for a compose");
@@ -322,6 +322,26 @@ fn repository_of_everything(dir: &Path) {
     fs::create_dir(dir).unwrap();
     everything.write(dir).unwrap();
     package("recommended", vec![File::regular("/usr/lib/recommended", 0o644, "")]).write(dir).unwrap();
+    let moved = vec![
+        File::directory("/opt/tool", 0o755),
+        File::regular("/opt/tool/run", 0o755, "new\n"),
+        File::regular("/var/opt/data", 0o644, "kept\n"),
+        File::directory("/var/lib/alternatives", 0o755),
+        File::regular("/var/lib/alternatives/tool", 0o644, "auto\n"),
+        File::regular("/var/lib/systemd/random-seed", 0o600, "the same for all\n"),
+        File::regular("/var/log/wtmp", 0o664, ""),
+        File::config("/etc/default/useradd", 0o644, "GROUP=100\nHOME=/home\n"),
+        File::regular("/usr/lib/systemd/system/ostree-remount.service", 0o644, unit),
+    ];
+    let twice = ["/opt/one", "/var/opt/one"].map(|path| File::regular(path, 0o644, ""));
+    for (name, files) in [("moved", moved), ("twice", twice.to_vec())] {
+        Package { requires: vec![Dependency::any("filesystem")], ..package(name, files) }.write(dir).unwrap();
+    }
+    // Whose file it is, nobody knows.
+    for (name, content) in [("owner", "one"), ("rival", "other")] {
+        let files = vec![File::regular("/usr/lib/owned", 0o644, content)];
+        Package { requires: vec![Dependency::any("filesystem")], ..package(name, files) }.write(dir).unwrap();
+    }
     let lost = Package {
         requires: vec![Dependency::any("filesystem")],
         ..package("lost", vec![File::regular("/run/lost", 0o644, "x")])
@@ -421,11 +441,70 @@ fn smaller_fields_and_what_packages_bring_are_in_the_tree() {
     let group = |path: &str| fs::read_to_string(tree.join(path)).unwrap();
     assert!(group("usr/etc/group").contains("sudo:x:27:") && group("usr/lib/group").contains("sudo:x:27:"));
 
-    for (package, reason) in
-        [("lost", "has the file /run/lost"), ("spaces", "\"/var/lib/a b\" of the tree has white space")]
-    {
+    for (package, reason) in [
+        ("owner, rival", "/usr/lib/owned conflicts between"),
+        ("lost", "has the file /run/lost"),
+        ("twice", "both /opt/one and /var/opt/one"),
+        ("spaces", "\"/var/lib/a b\" of the tree has white space"),
+    ] {
         let treefile = small(dir.path(), &format!("packages: [filesystem, setup, {package}]\n"));
         fs::write(&treefile, fs::read_to_string(&treefile).unwrap().replace("[demo]", "[demo, own]")).unwrap();
+        fails(&mut compose(dir.path(), &treefile), 3, reason);
+    }
+}
+
+/// What an update must bring is in /usr, however packages have it, and what belongs to one machine is
+/// nowhere; scripts find /etc under both names, the package database's place and the treefile.
+#[test]
+fn what_an_update_must_bring_is_in_usr() {
+    let dir = tempfile::tempdir().unwrap();
+    repository_of_everything(&dir.path().join("own"));
+    let text = r#"packages: [filesystem, setup, bash, coreutils, grep, moved]
+postprocess:
+- |
+  #!/bin/bash
+  set -e
+  test /usr/etc/default/useradd -ef /etc/default/useradd
+  echo script > /usr/etc/made
+  grep -q moved /usr/share/rpm-ostree/treefile.json
+  grep -q /usr/share/rpm /usr/lib/rpm/macros.d/macros.rpm-ostree
+  echo "$SOURCE_DATE_EPOCH $HOSTNAME" > /usr/lib/seen
+add-files:
+- [added, /usr/etc/added]
+"#;
+    fs::write(dir.path().join("added"), "file\n").unwrap();
+    let treefile = small(dir.path(), text);
+    rpms::write_repo_file(&dir.path().join("own.repo"), "own", &dir.path().join("own")).unwrap();
+    fs::write(&treefile, fs::read_to_string(&treefile).unwrap().replace("[demo]", "[demo, own]")).unwrap();
+    ok(&mut compose(dir.path(), &treefile));
+    let autovar = file(dir.path(), "/usr/lib/tmpfiles.d/rpm-ostree-autovar.conf");
+    for line in [
+        "L /var/opt/tool - - - - ../../usr/lib/opt/tool",
+        "L /var/lib/alternatives - - - - ../../usr/lib/alternatives",
+        "C /var/opt/data 0644 root root - /usr/share/factory/var/opt/data",
+    ] {
+        assert!(autovar.lines().any(|found| found == line), "{line}: {autovar}");
+    }
+    assert!(!autovar.contains("random-seed") && !autovar.contains("wtmp"), "{autovar}");
+    for (path, content) in [
+        ("/usr/lib/opt/tool/run", "new\n"),
+        ("/usr/lib/alternatives/tool", "auto\n"),
+        ("/usr/etc/default/useradd", "GROUP=100\nHOME=/var/home\n"),
+        ("/usr/etc/made", "script\n"),
+        ("/usr/etc/added", "file\n"),
+        ("/usr/lib/seen", "1750000000 localhost\n"),
+    ] {
+        assert_eq!(file(dir.path(), path), content, "{path}");
+    }
+    let wants = "/usr/lib/systemd/system/multi-user.target.wants";
+    let listed = ok(tool("ostree").args(["ls", "--repo"]).arg(dir.path().join("repo")).args(["test/host", wants]));
+    assert!(listed.stdout.contains("ostree-remount.service -> ../ostree-remount.service"), "{}", listed.stdout);
+
+    for (text, reason) in [
+        ("add-files: [[added, /usr/lib]]\n", "add-files: /usr/lib is a directory in the tree"),
+        ("remove-files: [\"./\"]\n", "not the root itself"),
+    ] {
+        let treefile = small(dir.path(), &format!("packages: [filesystem, setup]\n{text}"));
         fails(&mut compose(dir.path(), &treefile), 3, reason);
     }
 }

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use e2e::http::{Answer, Static};
-use e2e::rpms::package::{Evr, File, Package};
+use e2e::rpms::package::{Evr, File, Package, Script, When};
 use e2e::{builder, compose, fails, ok, rpms, run, tool};
 use oscontainer_artifact::digest::Digest;
+use rpm::Dependency;
 use serde_json::{Value, json};
 
 /// A treefile of the demo's and the update's packages.
@@ -249,6 +250,15 @@ fn files_get_the_labels_of_the_tree_s_own_policy() {
         let listed = ostree(&["ls", "-X", "-d", &commit, path]);
         assert!(listed.contains(&format!("system_u:object_r:{label}:s0")), "{listed}");
     }
+    // The store of the policy's modules is updated with the policy.
+    assert!(ostree(&["ls", "-R", &commit, "/usr/etc/selinux/default/active/modules"]).contains("/400/ssh/cil"));
+    assert!(ostree(&["cat", &commit, "/usr/etc/selinux/semanage.conf"]).ends_with("\nstore-root=/etc/selinux\n"));
+    assert!(
+        ostree(&["cat", &commit, "/usr/etc/selinux/default/contexts/files/file_contexts.subs_dist"])
+            .ends_with("\n/home /var/home\n")
+    );
+    let autovar = ostree(&["cat", &commit, "/usr/lib/tmpfiles.d/rpm-ostree-autovar.conf"]);
+    assert!(!autovar.contains("/var/lib/selinux/default"), "{autovar}");
     // All others too: libostree labels a checkout in the same way.
     let checkout = dir.path().join("checkout");
     let checkout = checkout.to_str().unwrap();
@@ -258,6 +268,58 @@ fn files_get_the_labels_of_the_tree_s_own_policy() {
     let root =
         |rev: &str| ostree(&["ls", "-C", "-d", rev, "/"]).split_whitespace().skip(3).collect::<Vec<_>>().join(" ");
     assert_eq!(root("theirs"), root(&commit));
+}
+
+/// A scriptlet that tries to get out of the tree sees nothing of the host but its programs, changes
+/// nothing, and finds nothing of the caller's environment.
+#[test]
+fn scriptlets_stay_in_the_tree() {
+    const PROBE: &str = "mkdir -p /usr/lib/probe; exec 2>/usr/lib/probe/errors; cd /usr/lib/probe\n\
+        env > env; cat /proc/sys/kernel/hostname > hostname; grep CapEff /proc/self/status > caps\n\
+        outside=/proc/1/root; cat $outside/etc/shadow > shadow; ls $outside/root $outside/home $outside/srv > homes\n\
+        for package in $outside/var/cache/dnf/*/packages/*.rpm /var/cache/dnf/*/packages/*.rpm; do\n\
+        test -f $package && echo $package >> packages; echo spoilt >> $package; done\n\
+        chroot $outside sh -c 'mount -o remount,bind,rw /usr; touch /usr/escaped && echo escaped > /tmp/escaped'\n\
+        touch $outside/usr/escaped && echo escaped > escaped\n\
+        true\n";
+    let dir = tempfile::tempdir_in(e2e::target_dir()).unwrap();
+    let own = dir.path().join("own");
+    ok(tool("cp").arg("-r").arg(rpms::demo_repo()).arg(&own));
+    let probe = Package {
+        name: "probe".to_owned(),
+        evr: Evr { epoch: 0, version: "1".to_owned(), release: "1".to_owned() },
+        arch: "noarch".to_owned(),
+        summary: "looks around".to_owned(),
+        requires: ["filesystem", "setup", "bash", "coreutils", "grep"].map(Dependency::any).to_vec(),
+        scripts: vec![Script { when: When::PostTrans, interpreter: "/bin/sh", body: PROBE.to_owned() }],
+        ..Package::default()
+    };
+    let package = probe.write(&own).unwrap();
+    ok(tool("createrepo_c").arg("-q").arg(&own));
+    let host = treefile(dir.path(), "repos: [demo]\npackages: [probe]\n");
+    let _server = serve(&dir.path().join("demo.repo"), &own, |_| None);
+    ok(compose(dir.path(), &host).env("SECRET", "of the caller").env("LANGUAGE", "de").env("HOSTNAME", "builder"));
+    let read = |name: &str| {
+        let path = format!("/usr/lib/probe/{name}");
+        run(tool("ostree").arg("cat").arg("--repo").arg(dir.path().join("repo")).args(["test/host", &path])).stdout
+    };
+    let environment = read("env");
+    assert!(environment.contains("LC_ALL=C.UTF-8"), "{environment}");
+    assert!(["SECRET", "LANGUAGE", "HOSTNAME=builder"].iter().all(|name| !environment.contains(name)), "{environment}");
+    assert_eq!(read("hostname"), "localhost\n");
+    assert_eq!((read("shadow"), read("homes"), read("escaped")), Default::default());
+    assert!(!Path::new("/usr/escaped").exists());
+    let capabilities = read("caps");
+    let set = u64::from_str_radix(capabilities.trim().rsplit('\t').next().unwrap(), 16).unwrap();
+    // capabilities(7): CAP_DAC_READ_SEARCH, CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_PTRACE, CAP_SYS_ADMIN
+    for number in [2, 16, 17, 19, 21] {
+        assert_eq!(set >> number & 1, 0, "capability {number} in {capabilities}");
+    }
+    // It found packages, and none of them was changed.
+    assert!(read("packages").contains("/packages/probe-1-1.noarch.rpm"), "{}", read("errors"));
+    let cached = tool("find").arg(dir.path().join("cache/dnf")).args(["-name", "probe-*.rpm"]).output().unwrap();
+    let cached = String::from_utf8(cached.stdout).unwrap();
+    assert!(fs::read(cached.trim()).unwrap() == fs::read(package).unwrap());
 }
 
 /// A key of the test's own in `home`; gives its public half.

@@ -154,6 +154,15 @@ fn what_a_field_implies_holds_before_includes() {
         "check-passwd": {"type": "none"}, "check-groups": {"type": "none"}
     });
     assert_eq!(ok(&mut flatten(dir.path(), "host.yaml")).json(), implied);
+    // An edition has defaults, and no more.
+    let kept = "edition: \"2024\"\ntmp-is-dir: false\nboot-location: kernel-install\n";
+    let expected = json!({
+        "packages": [], "edition": "2024", "basearch": "x86_64", "boot-location": "kernel-install", "tmp-is-dir": false
+    });
+    assert_eq!(flattened(kept), expected);
+    // Another machine's condition may name that machine.
+    let other = "conditional-include: [{if: basearch == \"s390x\", include: {basearch: s390x, repos: [a]}}]\n";
+    assert_eq!(flattened(other), json!({"packages": [], "basearch": "x86_64"}));
     // Nothing follows from what a condition includes in place, nor does `platform-module` of another file count.
     let host = "include: base.yaml\nconditional-include:\n- if: basearch == \"x86_64\"\n  include: {container: true}\n";
     let dir = directory(&[("host.yaml", host), ("base.yaml", "platform-module: platform:el8\ncontainer: false\n")]);
@@ -302,7 +311,7 @@ fn json_treefiles_may_have_comments_and_unknown_fields() {
 fn kickstart_files_give_packages() {
     let dir = directory(&[
         ("host.yaml", "include: ks/a.ks\nexclude-packages: [x]\n"),
-        ("ks/a.ks", "# comment\n%packages\nnushell\n-bash\n\n%end\n%include sub/b.ks\n"),
+        ("ks/a.ks", "# comment\n  # another\n%packages\nnushell\n-bash\n\n%end\n%include sub/b.ks\n"),
         ("ks/sub/b.ks", "%packages --exclude-weakdeps\nsystemd\n%end\n"),
         ("bad.ks", "%packages\nbash\n"),
         ("other.ks", "\nlang en_US\n"),

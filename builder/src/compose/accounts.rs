@@ -70,8 +70,9 @@ pub fn split(tree: &Tree, keep: &[String]) -> Result<()> {
         let usr: Vec<&str> = text.lines().filter(|line| !is_root(line)).collect();
         tree.write(&format!("etc/{file}"), lines(&etc).as_bytes(), 0o644)?;
         tree.write(&format!("usr/lib/{file}"), lines(&usr).as_bytes(), 0o644)?;
-        for backup in [format!("etc/{file}-"), format!("etc/{}-", shadow(file)), format!("etc/.{file}.lock")] {
-            tree.remove(&backup)?;
+        let backups = [file, shadow(file), if file == "group" { "subgid" } else { "subuid" }];
+        for backup in backups.map(|file| format!("etc/{file}-")).iter().chain([&format!("etc/.{file}.lock")]) {
+            tree.remove(backup)?;
         }
     }
     tree.remove("etc/.pwd.lock")?;
@@ -301,15 +302,18 @@ fn lines(lines: &[&str]) -> String {
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-/// Adds `altfiles` after `files` for passwd and group.
+/// Adds `altfiles` for passwd and group: after `files`, or where that is not there at the end.
 fn altfiles(nsswitch: &str) -> String {
     let mut out = String::new();
     for line in nsswitch.lines() {
-        let ours = line.starts_with("passwd:") || line.starts_with("group:");
-        if ours && !line.contains("altfiles") {
+        let services = line.strip_prefix("passwd:").or_else(|| line.strip_prefix("group:"));
+        let mut services = services.unwrap_or_default().split_whitespace();
+        if services.clone().next().is_none() || services.any(|service| service == "altfiles") {
+            out.push_str(line);
+        } else if line.split_whitespace().any(|service| service == "files") {
             out.push_str(&line.replacen("files", "files altfiles", 1));
         } else {
-            out.push_str(line);
+            out.push_str(&format!("{} altfiles", line.trim_end()));
         }
         out.push('\n');
     }
@@ -345,5 +349,9 @@ mod tests {
         let after = "passwd:   files altfiles systemd\ngroup: files altfiles\nshadow: files\n";
         assert_eq!(altfiles(before), after);
         assert_eq!(altfiles(after), after);
+        assert_eq!(
+            altfiles("passwd: sss systemd\ngroup: compat \n"),
+            "passwd: sss systemd altfiles\ngroup: compat altfiles\n"
+        );
     }
 }

@@ -417,6 +417,7 @@ impl<'a> Session<'a> {
 /// Writes the tree's objects into a repository of another mode than archive: one
 /// file after the other.
 fn write_by_libostree(repo: &Repo, root: &Path, policy: Option<&SePolicy>, mtree: &MutableTree) -> Result<()> {
+    super::objects::strip_attributes(root)?;
     let root = root.to_str().context("the tree's path is not UTF-8")?;
     let modifier = RepoCommitModifier::new(RepoCommitModifierFlags::NONE, None);
     modifier.set_sepolicy(policy);

@@ -21,11 +21,12 @@ const UNITS: &str = "usr/lib/systemd/system";
 /// Where a script lies in the tree while it runs.
 const SCRIPT: &str = "usr/.oscontainer-postprocess";
 
-/// Does all of it, in order.
+/// Does all of it, in order. Scripts see `timestamp` as SOURCE_DATE_EPOCH, so that what they date is the
+/// same tomorrow.
 ///
 /// # Errors
 /// Rejected when the treefile asks for what the tree cannot give, or a script fails.
-pub fn customize(tree: &Tree, flattened: &Flattened, version: Option<&str>) -> Result<()> {
+pub fn customize(tree: &Tree, flattened: &Flattened, version: Option<&str>, timestamp: u64) -> Result<()> {
     let treefile = &flattened.treefile;
     for unit in treefile.units.iter().flatten() {
         enable(tree, unit)?;
@@ -37,8 +38,9 @@ pub fn customize(tree: &Tree, flattened: &Flattened, version: Option<&str>) -> R
         mutate_os_release(tree, suffix, version)?;
     }
     for path in treefile.remove_files.iter().flatten() {
-        if path.starts_with('/') || path.split('/').any(|part| part == "..") {
-            reject!("remove-files: {path:?} must be relative to the tree's root, without ..");
+        let relative = !path.starts_with('/') && path.split('/').all(|part| part != "..");
+        if !relative || path.split('/').all(|part| part.is_empty() || part == ".") {
+            reject!("remove-files: {path:?} must be relative to the tree's root, without .., and not the root itself");
         }
         tracing::info!("removing /{path}");
         tree.remove(path)?;
@@ -47,11 +49,11 @@ pub fn customize(tree: &Tree, flattened: &Flattened, version: Option<&str>) -> R
         add_file(tree, source, destination)?;
     }
     for (index, script) in treefile.postprocess.iter().flatten().enumerate() {
-        run_script(tree, script.as_bytes(), &format!("postprocess script {}", index + 1))?;
+        run_script(tree, script.as_bytes(), &format!("postprocess script {}", index + 1), timestamp)?;
     }
     for script in &flattened.external.postprocess_scripts {
         let bytes = fs::read(script).with_context(|| format!("reading {}", script.display()))?;
-        run_script(tree, &bytes, &format!("postprocess-script {}", script.display()))?;
+        run_script(tree, &bytes, &format!("postprocess-script {}", script.display()), timestamp)?;
     }
     // A unit may come from add-files or a script as well.
     for unit in treefile.units.iter().flatten() {
@@ -147,6 +149,7 @@ pub fn finalize(tree: &Tree, flattened: &Flattened) -> Result<()> {
         command.arg(&path).env("RPMOSTREE_WORKDIR", &directory);
         tracing::info!("running {}", program.display());
         let ended = process::run("finalize.d", &mut command)?;
+        ended.was_not_killed("finalize.d")?;
         if !ended.status.success() {
             reject!("{} ended with {}; its last lines:{}", program.display(), ended.status, ended.tail());
         }
@@ -182,13 +185,17 @@ fn add_file(tree: &Tree, source: &Path, destination: &str) -> Result<()> {
     let bytes = fs::read(source).with_context(|| format!("reading {} (add-files)", source.display()))?;
     let mode = fs::metadata(source)?.permissions().mode() & 0o7777;
     tracing::info!("adding /{}", destination.trim_start_matches('/'));
+    if tree.entry(destination)?.is_some_and(|place| place.is_dir() && !place.is_symlink()) {
+        reject!("add-files: {destination} is a directory in the tree: name the file in it");
+    }
     tree.write(destination, &bytes, mode)
 }
 
 /// Runs a script inside the tree, where /etc is still /etc.
-fn run_script(tree: &Tree, script: &[u8], what: &str) -> Result<()> {
+fn run_script(tree: &Tree, script: &[u8], what: &str, timestamp: u64) -> Result<()> {
     tree.write(SCRIPT, script, 0o755)?;
     let mut command = Sandbox { writable: &[], network: false }.inside(tree.root());
+    command.env("SOURCE_DATE_EPOCH", timestamp.to_string());
     if script.starts_with(b"#!") {
         command.arg(PathBuf::from("/").join(SCRIPT));
     } else {
@@ -197,6 +204,7 @@ fn run_script(tree: &Tree, script: &[u8], what: &str) -> Result<()> {
     tracing::info!("running {what}");
     let ended = process::run("postprocess", &mut command)?;
     tree.remove(SCRIPT)?;
+    ended.was_not_killed(what)?;
     if !ended.status.success() {
         reject!("{what} ended with {}; its last lines:{}", ended.status, ended.tail());
     }

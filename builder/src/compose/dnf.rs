@@ -20,7 +20,7 @@ use super::sandbox::Sandbox;
 use crate::treefile::Flattened;
 
 /// What dnf and rpm say when the input is wrong, not the weather; the most telling first.
-const REJECTED: [&str; 12] = [
+const REJECTED: [&str; 13] = [
     "does not exist - using root",
     "is not signed",
     "Public key for",
@@ -30,6 +30,7 @@ const REJECTED: [&str; 12] = [
     "Unable to find a match",
     "nothing provides",
     "conflicts with",
+    "conflicts between attempted installs",
     "There are no enabled repositories",
     "Unknown repo",
     "conflicting requests",
@@ -40,6 +41,8 @@ const SCRIPTLET: [&str; 2] = ["scriptlet failed, exit status", "scriptlet failed
 const RETRY: [&str; 5] =
     ["Failed to download metadata", "Cannot download", "Curl error", "No space left", "Error downloading packages"];
 
+/// Locks the cache.
+const LOCK: &str = ".oscontainer.lock";
 /// Where dnf sees its cache.
 const CACHE: &str = "/var/cache/dnf";
 
@@ -145,7 +148,7 @@ impl<'a> Dnf<'a> {
     /// What the repositories have under `names`; everything where there are none.
     fn available(&self, names: &[&str]) -> Result<Vec<Available>> {
         let _lock = self.lock()?;
-        let mut command = self.command(true);
+        let mut command = self.command(true)?;
         let format = "%{name}|%{epoch}|%{version}-%{release}|%{arch}|%{sourcerpm}|%{repoid}\\n";
         command.args(["--quiet", "repoquery", "--qf", format]).args(names);
         let text = process::output("dnf", &mut command)?;
@@ -198,9 +201,13 @@ impl<'a> Dnf<'a> {
             if let Some(name) = line.trim().strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
                 defined.push((name.to_owned(), Vec::new()));
             } else if let Some((_, directories)) = defined.last_mut() {
-                // A value may go on in indented lines.
-                let urls = line.split(['=', ',', ' ', '\t']);
-                directories.extend(urls.filter_map(|url| self.expand(url).strip_prefix("file://").map(PathBuf::from)));
+                // A value may go on in indented lines. Of certificates and their keys it is a path.
+                let path = |text: &str| {
+                    let text = self.expand(text);
+                    let local = text.strip_prefix("file://").or((text.starts_with('/')).then_some(&text));
+                    local.map(PathBuf::from)
+                };
+                directories.extend(line.split(['=', ',', ' ', '\t']).filter_map(path));
             }
         }
         defined
@@ -229,18 +236,26 @@ impl<'a> Dnf<'a> {
     }
 
     /// dnf, with the network and the cache that all composes share, or without and with the snapshot of it.
-    fn command(&self, network: bool) -> Command {
+    fn command(&self, network: bool) -> Result<Command> {
         let cache = if network { &self.cache } else { &self.snapshot };
         // dnf 4 takes its cache from below the installroot and, for some files, from
         // outside of it, whatever it is told: it finds ours in both places.
         let inside = self.root.join(CACHE.trim_start_matches('/'));
-        let writable = [
-            (self.work.as_path(), self.work.as_path()),
-            (cache.as_path(), Path::new(CACHE)),
-            (cache.as_path(), inside.as_path()),
-        ];
-        let local: Vec<&Path> = self.known.values().flatten().map(PathBuf::as_path).collect();
-        let mut command = Sandbox { writable: &writable, network }.outside(&self.root, &local);
+        let writable = [(cache.as_path(), Path::new(CACHE)), (cache.as_path(), inside.as_path())];
+        let readable = self.known.values().flatten().chain([&self.work]);
+        let readable: Vec<&Path> = readable.map(PathBuf::as_path).collect();
+        let mut command = Sandbox { writable: &writable, network }.outside(&self.root, &readable)?;
+        if !network {
+            // They are those of the cache that all composes share, and scriptlets run beside them.
+            for entry in fs::read_dir(cache)? {
+                let packages = Path::new(&entry?.file_name()).join("packages");
+                if cache.join(&packages).is_dir() {
+                    for place in [Path::new(CACHE), &inside] {
+                        command.arg("--ro-bind").args([cache.join(&packages), place.join(&packages)]);
+                    }
+                }
+            }
+        }
         command.arg("dnf").arg("--config").arg(self.work.join("dnf.conf"));
         command.arg("--installroot").arg(&self.root);
         // Its log and state stay where it puts them, inside the tree; they are removed there.
@@ -271,11 +286,11 @@ impl<'a> Dnf<'a> {
             let others = self.known.keys().filter(|repo| **repo != entry.repo);
             command.args(others.map(|repo| format!("--setopt={repo}.excludepkgs={packages}")));
         }
-        command
-            .env("HOME", self.work.join("home"))
-            .env("LC_ALL", "C.UTF-8")
-            .env("SOURCE_DATE_EPOCH", self.epoch.to_string());
-        command
+        command.env("HOME", self.work.join("home")).env("SOURCE_DATE_EPOCH", self.epoch.to_string());
+        // systemd's kernel-install(8) would make an initramfs of its own, and a boot loader's entry
+        // with a random name.
+        command.env("KERNEL_INSTALL_BYPASS", "1");
+        Ok(command)
     }
 
     /// The private home directory, whose rpm macros name the database's place.
@@ -289,7 +304,7 @@ impl<'a> Dnf<'a> {
     /// Rejected when they cannot be resolved; else worth a retry.
     pub fn resolve(&self) -> Result<Vec<Planned>> {
         let _lock = self.lock()?;
-        let mut command = self.command(true);
+        let mut command = self.command(true)?;
         command.args(["--assumeno", "install"]).args(self.packages());
         let ended = process::run("dnf", &mut command)?;
         // This is how dnf says that it did as it was told.
@@ -321,7 +336,7 @@ impl<'a> Dnf<'a> {
     }
 
     fn install(&self, network: bool, options: &[&str]) -> Result<Ended> {
-        let mut command = self.command(network);
+        let mut command = self.command(network)?;
         command.arg("--assumeyes").args(options).arg("install").args(self.packages());
         self.judge(process::run("dnf", &mut command)?)
     }
@@ -402,7 +417,7 @@ impl<'a> Dnf<'a> {
 /// Waits until no other compose works in `cache`: dnf's own locks name processes, which mean
 /// nothing in another namespace.
 fn lock(cache: &Path) -> Result<File> {
-    let path = cache.join(".oscontainer.lock");
+    let path = cache.join(LOCK);
     let lock = File::create(&path).with_context(|| format!("making {}", path.display()))?;
     if lock.try_lock().is_err() {
         tracing::info!("waiting for another compose, which works in {}", cache.display());
@@ -415,7 +430,8 @@ fn lock(cache: &Path) -> Result<File> {
 }
 
 /// Removes packages from the cache directory, those that were not used for longest first, until
-/// the rest takes at most `bytes`.
+/// the rest of it, metadata too, takes at most `bytes`. Metadata goes last: that of repositories that
+/// were not used for longest.
 ///
 /// # Errors
 /// When files cannot be listed or removed.
@@ -425,17 +441,17 @@ pub fn bound_cache(cache: &Path, bytes: u64) -> Result<()> {
         return Ok(());
     }
     let _lock = lock(&cache)?;
-    let mut packages = Vec::new();
+    let (mut files, mut left) = (Vec::new(), 0);
     find_files(&cache, &mut |path| {
-        if path.extension() == Some(OsStr::new("rpm"))
-            && let Ok(meta) = path.metadata()
-        {
-            packages.push((meta.atime(), meta.atime_nsec(), path.to_owned(), meta.len()));
+        if let Ok(meta) = path.symlink_metadata() {
+            left += meta.len();
+            let metadata = path.extension() != Some(OsStr::new("rpm"));
+            files.push((metadata, meta.atime(), meta.atime_nsec(), path.to_owned(), meta.len()));
         }
     })?;
-    packages.sort();
-    let mut left: u64 = packages.iter().map(|package| package.3).sum();
-    for (_, _, path, size) in packages {
+    files.retain(|(.., path, _)| path.file_name() != Some(OsStr::new(LOCK)));
+    files.sort();
+    for (.., path, size) in files {
         if left <= bytes {
             break;
         }
@@ -476,6 +492,12 @@ fn judge(ended: Ended) -> Result<Ended> {
     ended.has_space()?;
     if let Some(line) = ended.find(&SCRIPTLET) {
         reject!("a package's scriptlet failed: {line}; what it said is among the last lines:{}", ended.tail());
+    }
+    if let Some(line) = ended.find(&["bwrap: "]).filter(|_| !ended.status.success()) {
+        match line.contains("execvp") {
+            true => reject!("dnf cannot be started: {line}; is it installed?"),
+            false => reject!("bubblewrap cannot make a sandbox here: {line}; docs/compose.md says what it needs"),
+        }
     }
     let rejected = REJECTED.iter().find_map(|text| ended.find(&[text]));
     if let Some(line) = rejected.filter(|line| line.contains("using root")) {

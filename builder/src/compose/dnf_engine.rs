@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -83,7 +83,7 @@ impl Engine for DnfEngine {
         accounts::preserve(&tree, flattened, previous.as_ref())?;
         job.stages.run("installing packages", || dnf.install_cached())?;
         accounts::drop_packaged(&tree)?;
-        let database = root.join(layout::RPMDB);
+        let database = packages::database(&tree)?;
         packages::forget_keys(&database, &dnf.home())?;
         let packages = packages::installed(&database, &dnf.home())?;
         if let Some(resolved) = resolved.filter(|resolved| *resolved != packages) {
@@ -102,14 +102,18 @@ impl Engine for DnfEngine {
         let newest = packages.iter().map(|package| package.build_time).max().unwrap_or_default();
         let timestamp = epoch.unwrap_or(newest);
         let version = choose_version(job, previous.as_ref(), epoch)?;
-        job.stages.run("customizing the tree", || customize::customize(&tree, flattened, version.as_deref()))?;
+        job.stages.run("customizing the tree", || {
+            layout::prepare_for_scripts(&tree)?;
+            tree.write("usr/share/rpm-ostree/treefile.json", flattened.to_json().to_string().as_bytes(), 0o644)?;
+            customize::customize(&tree, flattened, version.as_deref(), timestamp)
+        })?;
         let kernel = match treefile.container {
             Some(true) => None,
             _ => kernel::place(&tree)?,
         };
         job.stages.run("arranging the tree", || {
-            tree.write("usr/share/rpm-ostree/treefile.json", flattened.to_json().to_string().as_bytes(), 0o644)?;
-            let volatile = packages::volatile(&database, &dnf.home())?;
+            // Scripts have run since.
+            let volatile = packages::volatile(&packages::database(&tree)?, &dnf.home())?;
             layout::place_rpmdb(&tree, treefile.rpmdb)?;
             layout::clean(&tree)?;
             layout::arrange(&tree, treefile, &volatile)?;
@@ -190,6 +194,9 @@ fn parent(job: &Job) -> Result<Option<String>> {
 fn empty_tree(job: &Job) -> Result<Tree> {
     let root = job.work.join("root");
     fs::create_dir(&root)?;
+    // In a directory with the set-group-ID bit, such as a volume's, it would belong to that group.
+    rustix::fs::chown(&root, Some(rustix::fs::Uid::ROOT), Some(rustix::fs::Gid::ROOT)).context("making the tree")?;
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).context("making the tree")?;
     let tree = Tree::open(&root)?;
     for dir in ["dev", "proc", "run", "tmp"] {
         tree.directory(dir)?;

@@ -52,7 +52,12 @@ pub fn place(tree: &Tree) -> Result<Option<Kernel>> {
     }
     let mut depmod = Sandbox { writable: &[], network: false }.inside(tree.root());
     depmod.args(["depmod", "--all", version]);
-    process::run("depmod", &mut depmod)?.success("depmod")?;
+    let ended = process::run("depmod", &mut depmod)?;
+    ended.was_not_killed("depmod")?;
+    if ended.find(&["execvp depmod"]).is_some() {
+        reject!("the tree has a kernel but no depmod: add the package kmod");
+    }
+    ended.success("depmod")?;
     keep_boot(tree, version)?;
     Ok(Some(kernel))
 }
@@ -79,6 +84,7 @@ pub fn make_initramfs(tree: &Tree, treefile: &Treefile, kernel: &Kernel, work: &
     dracut.args(["--kver", &kernel.version, &format!("{OUTPUT}/{INITRAMFS}")]);
     let ended = process::run("dracut", &mut dracut)?;
     ended.has_space()?;
+    ended.was_not_killed("dracut")?;
     if !ended.status.success() {
         reject!("dracut ended with {}; its last lines:{}", ended.status, ended.tail());
     }
@@ -98,7 +104,8 @@ pub fn finish(tree: &Tree, treefile: &Treefile, kernel: &Kernel, initramfs: Opti
     let dir = kernel.directory();
     let mut names = vec!["vmlinuz"];
     if let Some(image) = initramfs {
-        fs::set_permissions(image, PermissionsExt::from_mode(0o600))?;
+        // As rpm-ostree has it: it is made here, of what everybody may read, and holds no secrets.
+        fs::set_permissions(image, PermissionsExt::from_mode(0o644))?;
         let place = tree.place(&format!("{dir}/{INITRAMFS}"))?;
         fs::rename(image, &place).with_context(|| format!("moving the initramfs to {}", place.display()))?;
         names.push(INITRAMFS);
@@ -113,6 +120,18 @@ pub fn finish(tree: &Tree, treefile: &Treefile, kernel: &Kernel, initramfs: Opti
 fn keep_boot(tree: &Tree, version: &str) -> Result<()> {
     for ours in [format!("vmlinuz-{version}"), format!("initramfs-{version}.img"), format!("initrd.img-{version}")] {
         tree.remove(&format!("boot/{ours}"))?;
+    }
+    // Where kernel-install(8) put a boot loader's entries after all, they and its directory have a name
+    // that is another one each time.
+    if let Some(id) = tree.read("etc/machine-id")?
+        && let id = id.trim()
+        && id.len() == 32
+        && id.bytes().all(|byte| byte.is_ascii_hexdigit())
+    {
+        tree.remove(&format!("boot/{id}"))?;
+        tree.remove(&format!("boot/loader/entries/{id}-{version}.conf"))?;
+        tree.remove(&format!("boot/vmlinuz-0-rescue-{id}"))?;
+        tree.remove(&format!("boot/initramfs-0-rescue-{id}.img"))?;
     }
     let holds = |place: Option<PathBuf>| -> Result<bool> {
         Ok(match place {

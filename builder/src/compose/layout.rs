@@ -13,8 +13,9 @@ use oscontainer_program::reject;
 use rustix::fs::FileType;
 
 use super::accounts::Accounts;
-use super::packages::Volatile;
+use super::packages::{self, RPMDB, Volatile};
 use super::process;
+use super::sandbox::Sandbox;
 use super::tree::Tree;
 use crate::treefile::Treefile;
 use crate::treefile::types::{OptUsrLocal, RpmdbBackend};
@@ -42,6 +43,7 @@ d /var/srv 0755 root root - -
 d /var/roothome 0700 root root - -
 d /var/mnt 0755 root root - -
 d /run/media 0755 root root - -
+L /var/lib/rpm - - - - ../../usr/share/rpm
 ";
 /// Those for /opt and /usr/local.
 const OPT_DIRECTORIES: &str = "\
@@ -58,7 +60,7 @@ d /var/usrlocal/share 0755 root root - -
 d /var/usrlocal/src 0755 root root - -
 ";
 /// What dnf, rpm and ldconfig leave, and no image needs or can have reproducible.
-const LEFTOVERS: [&str; 16] = [
+const LEFTOVERS: [&str; 21] = [
     "etc/dnf/modules.d",
     "etc/machine-id",
     "usr/lib/sysimage/libdnf5",
@@ -67,20 +69,29 @@ const LEFTOVERS: [&str; 16] = [
     "var/cache/libdnf5",
     "var/cache/yum",
     "var/lib/dnf",
+    // A seed that all nodes share is none.
+    "var/lib/plymouth/boot-duration",
     "var/lib/rpm",
+    "var/lib/systemd/catalog/database",
+    "var/lib/systemd/random-seed",
+    "var/log/btmp",
     "var/log/dnf.librepo.log",
     "var/log/dnf.log",
     "var/log/dnf.rpm.log",
     "var/log/dnf5.log",
     "var/log/hawkey.log",
     "var/log/lastlog",
+    "var/log/wtmp",
     "var/log/faillog",
 ];
 /// Where regular files of /var go; systemd-tmpfiles copies them at boot.
 const FACTORY: &str = "usr/share/factory";
-/// The rpm database's place in an OSTree-based system, and its second one, from
-/// which rpm-ostree reads the base packages.
-pub const RPMDB: &str = "usr/share/rpm";
+/// Where content of /opt goes: it is updated with the rest of /usr.
+const OPT: &str = "usr/lib/opt";
+/// Directories of /var/lib that belong to /usr/lib, with links to them (rpm-ostree,
+/// rust/src/composepost.rs, `COMPAT_VARLIB_SYMLINKS`).
+const OF_USR: [&str; 2] = ["alternatives", "vagrant"];
+/// The second place of the rpm database, from which rpm-ostree reads the base packages.
 const BASE_RPMDB: &str = "usr/lib/sysimage/rpm-ostree-base-db";
 
 /// Removes what the installation left besides the packages' content.
@@ -107,6 +118,12 @@ pub fn arrange(tree: &Tree, treefile: &Treefile, volatile: &[Volatile]) -> Resul
     let accounts = Accounts::read(tree)?;
     super::accounts::split(tree, treefile.etc_group_members.as_deref().unwrap_or_default())?;
     let stay: &[&str] = if treefile.opt_usrlocal == Some(OptUsrLocal::Root) { &["opt", "usr/local"] } else { &[] };
+    let mut links = move_to_usr(tree, stay.is_empty())?;
+    if treefile.selinux.unwrap_or(true) {
+        place_policy(tree)?;
+    }
+    new_homes(tree)?;
+    remount(tree)?;
     for (link, target) in LINKS.into_iter().filter(|(link, _)| !stay.contains(link)) {
         replace_directory(tree, link, target)?;
     }
@@ -119,12 +136,18 @@ pub fn arrange(tree: &Tree, treefile: &Treefile, volatile: &[Volatile]) -> Resul
     } else {
         tree.link("tmp", "sysroot/tmp")?;
     }
-    empty_var(tree, &accounts, stay.is_empty(), volatile)?;
+    for entry in volatile {
+        links.push(describe_volatile(entry)?);
+    }
+    empty_var(tree, &accounts, stay.is_empty(), links)?;
     // An empty machine-id makes systemd set one up at the first boot.
     if treefile.machineid_compat.unwrap_or(true) {
         tree.write("etc/machine-id", b"", 0o644)?;
     } else {
         tree.remove("etc/machine-id")?;
+    }
+    if tree.entry("usr/etc")?.is_some_and(|place| place.is_symlink()) {
+        tree.remove("usr/etc")?;
     }
     if tree.entry("usr/etc")?.is_some() {
         reject!("a package has /usr/etc, which is the place of /etc's template in an OSTree commit");
@@ -158,23 +181,139 @@ fn replace_directory(tree: &Tree, link: &str, target: &str) -> Result<()> {
         _ => false,
     };
     if let (true, Some(var)) = (holds, target.trim_start_matches("../").strip_prefix("var/")) {
-        tree.rename(link, &format!("var/{var}"))?;
+        merge(tree, link, &format!("var/{var}"))?;
     } else if holds {
         reject!("a package has content in /{link}, which is not part of an OSTree commit");
     }
     tree.link(link, target)
 }
 
+/// Moves what the directory `from` holds into `to`, where none of it must be yet.
+fn merge(tree: &Tree, from: &str, to: &str) -> Result<()> {
+    if tree.entry(to)?.is_none() {
+        return tree.rename(from, to);
+    }
+    for name in names(tree, from)? {
+        let (from, to) = (format!("{from}/{name}"), format!("{to}/{name}"));
+        if tree.entry(&to)?.is_some() {
+            reject!("packages have both /{from} and /{to}, which are one place in an OSTree-based system");
+        }
+        tree.rename(&from, &to)?;
+    }
+    tree.remove(from)
+}
+
+/// The names in a directory of the tree, sorted; none where there is no such directory.
+fn names(tree: &Tree, path: &str) -> Result<Vec<String>> {
+    let Some(dir) = tree.entry(path)?.filter(|place| place.is_dir() && !place.is_symlink()) else {
+        return Ok(Vec::new());
+    };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| format!("reading /{path} of the tree"))? {
+        let Ok(name) = entry?.file_name().into_string() else {
+            reject!("/{path} of the tree holds a name that is not UTF-8");
+        };
+        names.push(name);
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Moves to /usr what packages have elsewhere and an update must bring; gives the lines of tmpfiles.d(5)
+/// that link it from where they had it.
+fn move_to_usr(tree: &Tree, opt: bool) -> Result<Vec<String>> {
+    let mut links = Vec::new();
+    let packaged = if opt { names(tree, "opt")? } else { Vec::new() };
+    for name in &packaged {
+        if tree.entry(&format!("var/opt/{name}"))?.is_some() {
+            reject!(
+                "packages have both /opt/{name} and /var/opt/{name}, which are one place in an OSTree-based system"
+            );
+        }
+        links.push(format!("L /var/opt/{} - - - - ../../{OPT}/{}", escape(name)?, name.replace('%', "%%")));
+    }
+    if !packaged.is_empty() {
+        tracing::info!("what packages have in /opt is in /{OPT}, with links to it");
+        merge(tree, "opt", OPT)?;
+    }
+    for name in OF_USR {
+        let (from, to) = (format!("var/lib/{name}"), format!("usr/lib/{name}"));
+        if tree.entry(&from)?.is_some_and(|place| place.is_dir() && !place.is_symlink()) {
+            merge(tree, &from, &to)?;
+            links.push(format!("L /{from} - - - - ../../{to}"));
+        }
+    }
+    Ok(links)
+}
+
+/// Moves the store of the SELinux policy's modules from /var to /etc/selinux, where it is updated with
+/// the policy, and where a node's own modules are merged with it (rpm-ostree,
+/// src/libpriv/rpmostree-postprocess.cxx, `postprocess_selinux_policy_store_location`).
+fn place_policy(tree: &Tree) -> Result<()> {
+    let config = tree.read("etc/selinux/config")?.unwrap_or_default();
+    let Some(name) = config.lines().find_map(|line| line.trim().strip_prefix("SELINUXTYPE=")) else { return Ok(()) };
+    let name = name.trim();
+    if name.is_empty() || name.contains('/') || name.starts_with('.') {
+        reject!("/etc/selinux/config of the tree names the policy {name:?}, which is no name");
+    }
+    let substitutions = format!("etc/selinux/{name}/contexts/files/file_contexts.subs_dist");
+    if let Some(text) = tree.read(&substitutions)? {
+        // Home directories are in /var/home, and the policy may think the other way round.
+        let lines =
+            text.lines().map(|line| format!("{}{line}\n", if line.starts_with("/var/home ") { "# " } else { "" }));
+        let text: String = lines.chain(["/home /var/home\n".to_owned()]).collect();
+        tree.write(&substitutions, text.as_bytes(), 0o644)?;
+    }
+    let store = format!("var/lib/selinux/{name}");
+    if tree.find(&format!("{store}/active/modules"))?.is_none() {
+        return Ok(());
+    }
+    if tree.entry("usr/sbin/semodule")?.is_some() || tree.entry("usr/bin/semodule")?.is_some() {
+        for arguments in [["-n", "-B"], ["-n", "--refresh"]] {
+            let mut semodule = Sandbox { writable: &[], network: false }.inside(tree.root());
+            let ended = process::run("semodule", semodule.arg("semodule").args(arguments))?;
+            ended.was_not_killed("semodule")?;
+            if !ended.status.success() {
+                reject!("semodule ended with {}; its last lines:{}", ended.status, ended.tail());
+            }
+        }
+    }
+    const ROOT: &str = "\nstore-root=/etc/selinux\n";
+    if let Some(text) = tree.read("etc/selinux/semanage.conf")?.filter(|text| !text.contains(ROOT)) {
+        tree.write("etc/selinux/semanage.conf", (text + ROOT).as_bytes(), 0o644)?;
+    }
+    for name in ["semanage.read.LOCK", "semanage.trans.LOCK"] {
+        tree.remove(&format!("{store}/{name}"))?;
+    }
+    tracing::info!("the store of the SELinux policy's modules moves to /etc/selinux/{name}");
+    merge(tree, &store, &format!("etc/selinux/{name}"))
+}
+
+/// New users' home directories are in /var.
+fn new_homes(tree: &Tree) -> Result<()> {
+    let Some(text) = tree.read("etc/default/useradd")? else { return Ok(()) };
+    let line = |line: &str| if line.starts_with("HOME=") { "HOME=/var/home\n".to_owned() } else { format!("{line}\n") };
+    tree.write("etc/default/useradd", text.lines().map(line).collect::<String>().as_bytes(), 0o644)
+}
+
+/// Enables what OSTree-based systems need at boot, whatever the distribution's presets say.
+fn remount(tree: &Tree) -> Result<()> {
+    const UNITS: &str = "usr/lib/systemd/system";
+    for unit in ["ostree-finalize-staged.path", "ostree-remount.service"] {
+        let wanted = format!("{UNITS}/multi-user.target.wants/{unit}");
+        if tree.entry(&format!("{UNITS}/{unit}"))?.is_some() && tree.entry(&wanted)?.is_none() {
+            tree.link(&wanted, &format!("../{unit}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Describes /var and /run for systemd-tmpfiles and empties /var. Nothing is lost: regular
 /// files move to /usr/share/factory and are copied from there at boot. With `opt`,
-/// /opt and /usr/local are links into it.
-fn empty_var(tree: &Tree, accounts: &Accounts, opt: bool, volatile: &[Volatile]) -> Result<()> {
+/// /opt and /usr/local are links into it. `lines` are described already.
+fn empty_var(tree: &Tree, accounts: &Accounts, opt: bool, mut lines: Vec<String>) -> Result<()> {
     let var = tree.directory("var")?;
-    let mut lines = Vec::new();
     describe(&var, "/var", tree, accounts, &mut lines)?;
-    for entry in volatile {
-        lines.push(describe_volatile(entry)?);
-    }
     lines.sort();
     lines.dedup();
     let directories = if opt { [VAR_DIRECTORIES, OPT_DIRECTORIES].concat() } else { VAR_DIRECTORIES.to_owned() };
@@ -264,16 +403,34 @@ fn describe(dir: &Path, path: &str, tree: &Tree, accounts: &Accounts, lines: &mu
     Ok(())
 }
 
+/// Says in the tree where its rpm database is, and lets /usr/etc be /etc until [`arrange`] makes it so: then
+/// scripts that work on the tree find both.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn prepare_for_scripts(tree: &Tree) -> Result<()> {
+    tree.write("usr/lib/rpm/macros.d/macros.rpm-ostree", b"%_dbpath /usr/share/rpm\n", 0o644)?;
+    if tree.entry("usr/lib/sysimage/rpm")?.is_some() {
+        tree.remove("usr/lib/sysimage/rpm")?;
+        tree.link("usr/lib/sysimage/rpm", "../../share/rpm")?;
+    }
+    if tree.entry("usr/etc")?.is_none() {
+        tree.link("usr/etc", "../etc")?;
+    }
+    Ok(())
+}
+
 /// Puts the rpm database in its places, readable on a read-only /usr.
 ///
 /// # Errors
 /// Rejected when the tree's own rpm could not read it; when sqlite3 is missing or fails.
 pub fn place_rpmdb(tree: &Tree, backend: Option<RpmdbBackend>) -> Result<()> {
-    let Some(dir) = tree.find(RPMDB)? else { reject!("the tree has no rpm database: no package was installed") };
+    let dir = packages::database(tree)?;
     let database = dir.join("rpmdb.sqlite");
     if database.exists() {
         let mut command = Command::new("sqlite3");
-        command.arg(&database).arg("PRAGMA journal_mode=DELETE;");
+        // What was removed, such as keys, is still in free pages without VACUUM.
+        command.arg(&database).arg("PRAGMA journal_mode=DELETE; VACUUM;");
         process::output("sqlite3", &mut command)?;
         let macros = tree.read("usr/lib/rpm/macros")?.unwrap_or_default();
         let wanted = macros.lines().find_map(|line| line.strip_prefix("%_db_backend")).map(str::trim);
@@ -291,11 +448,6 @@ pub fn place_rpmdb(tree: &Tree, backend: Option<RpmdbBackend>) -> Result<()> {
     for entry in fs::read_dir(&dir)? {
         let entry = entry?;
         fs::hard_link(entry.path(), base.join(entry.file_name())).context("linking the rpm database")?;
-    }
-    tree.write("usr/lib/rpm/macros.d/macros.rpm-ostree", b"%_dbpath /usr/share/rpm\n", 0o644)?;
-    if tree.entry("usr/lib/sysimage/rpm")?.is_some() {
-        tree.remove("usr/lib/sysimage/rpm")?;
-        tree.link("usr/lib/sysimage/rpm", "../../share/rpm")?;
     }
     Ok(())
 }

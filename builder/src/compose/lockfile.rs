@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -119,7 +119,10 @@ impl Lockfile {
     pub fn read(files: &[PathBuf]) -> Result<Self> {
         let mut all = Self::default();
         for path in files {
-            let text = fs::read_to_string(path).with_context(|| format!("reading the lockfile {}", path.display()))?;
+            let text = match fs::read_to_string(path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => reject!("there is no lockfile {}", path.display()),
+                text => text.with_context(|| format!("reading the lockfile {}", path.display()))?,
+            };
             let yaml = path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
             let parsed: Result<Self, String> = match yaml {
                 true => serde_yaml::from_str(&text).map_err(|error| error.to_string()),

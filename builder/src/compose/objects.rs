@@ -24,7 +24,7 @@ use oscontainer_program::staging::Staging;
 use oscontainer_program::{reject, stop};
 use ostree::glib::prelude::ToVariant;
 use ostree::{MutableTree, Repo, SePolicy, gio};
-use rustix::fs::{lgetxattr, lgetxattr_query, llistxattr, llistxattr_query, syncfs};
+use rustix::fs::{lgetxattr, lgetxattr_query, llistxattr, llistxattr_query, lremovexattr, syncfs};
 use rustix::io::Errno;
 
 /// zlib's default, at which libostree deflates.
@@ -33,7 +33,10 @@ const LEVEL: i32 = 6;
 const WHOLE: u64 = 32 << 20;
 /// Bytes of files, and of what they deflate to, in memory at a time.
 const MEMORY: u64 = 96 << 20;
-/// A file system's labels do not belong to the tree; its policy's do.
+/// The attributes that a tree brings itself (rpm-ostree has the same list). Others, such as labels and
+/// default ACLs, are those of the file system that it is made on.
+const ATTRIBUTES: [&[u8]; 2] = [b"security.capability", b"user.pax.flags"];
+/// The attribute that the tree's policy gives.
 const SELINUX: &[u8] = b"security.selinux";
 
 /// What was written.
@@ -205,20 +208,46 @@ fn with_nul(bytes: &[u8]) -> Vec<u8> {
 }
 
 fn read_xattrs(path: &Path) -> rustix::io::Result<Xattrs> {
-    let size = match llistxattr_query(path) {
-        Ok(0) | Err(Errno::NOTSUP) => return Ok(Vec::new()),
-        size => size?,
-    };
-    let mut names = vec![0; size];
-    let length = llistxattr(path, &mut names)?;
     let mut xattrs = Vec::new();
-    for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty() && *name != SELINUX) {
+    for name in attributes(path)?.split(|byte| *byte == 0).filter(|name| ATTRIBUTES.contains(name)) {
         let mut value = vec![0; lgetxattr_query(path, name)?];
         let length = lgetxattr(path, name, &mut value)?;
         value.truncate(length);
         xattrs.push((with_nul(name), value));
     }
     Ok(xattrs)
+}
+
+/// The names of a file's attributes, each with a NUL behind it.
+fn attributes(path: &Path) -> rustix::io::Result<Vec<u8>> {
+    let size = match llistxattr_query(path) {
+        Ok(0) | Err(Errno::NOTSUP) => return Ok(Vec::new()),
+        size => size?,
+    };
+    let mut names = vec![0; size];
+    let length = llistxattr(path, &mut names)?;
+    names.truncate(length);
+    Ok(names)
+}
+
+/// Takes the attributes from the tree at `path` that are not its own, for a writer that takes all there
+/// are. Labels stay: only a policy's come into a commit.
+///
+/// # Errors
+/// When a directory cannot be read, or an attribute not be removed.
+pub fn strip_attributes(path: &Path) -> Result<()> {
+    stop::check()?;
+    let stripping = || format!("taking foreign attributes from {}", path.display());
+    let own = |name: &[u8]| name.is_empty() || name == SELINUX || ATTRIBUTES.contains(&name);
+    for name in attributes(path).with_context(stripping)?.split(|byte| *byte == 0).filter(|name| !own(name)) {
+        lremovexattr(path, name).with_context(stripping)?;
+    }
+    if path.symlink_metadata().with_context(stripping)?.is_dir() {
+        for entry in fs::read_dir(path).with_context(stripping)? {
+            strip_attributes(&entry?.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Where objects wait until all of them are on the disk.

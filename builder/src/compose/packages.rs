@@ -1,12 +1,15 @@
 //! The packages of the tree, as its rpm database has them.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use oscontainer_artifact::object;
+use oscontainer_program::reject;
 
 use super::process;
+use super::tree::Tree;
 
 /// One installed package.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,6 +27,27 @@ pub struct Package {
 /// rpm's query for the fields of [`Package`], in their order.
 const QUERY: &str = "%{NAME}\t%{EPOCHNUM}\t%{VERSION}\t%{RELEASE}\t%{ARCH}\t%{BUILDTIME}\t\
                      %|SHA256HEADER?{%{SHA256HEADER}}:{%{SHA1HEADER}}|\t%{LONGSIZE}\n";
+
+/// The rpm database's place in an OSTree-based system.
+pub const RPMDB: &str = "usr/share/rpm";
+
+/// Where the tree's rpm database lies on the host, whose programs read and change it.
+///
+/// # Errors
+/// Rejected when there is none, or when a scriptlet has put something else there than files, such
+/// as a link that would lead out of the tree.
+pub fn database(tree: &Tree) -> Result<PathBuf> {
+    let Some(dir) = tree.find(RPMDB)?.filter(|dir| dir.is_dir()) else {
+        reject!("the tree has no rpm database: no package was installed");
+    };
+    for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
+        let entry = entry?;
+        if !entry.file_type()?.is_file() {
+            reject!("/{RPMDB}/{} in the tree is not a regular file", entry.file_name().display());
+        }
+    }
+    Ok(dir)
+}
 
 /// The packages in the database `dbpath` (a host path), sorted.
 ///

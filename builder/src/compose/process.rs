@@ -2,15 +2,22 @@
 //! last lines into the error when it fails.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result};
 use oscontainer_program::stop;
-use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
 /// How many of the last lines are part of an error.
 const TAIL: usize = 20;
+/// The longest line, in bytes: more of it is another one.
+const LINE: u64 = 16 << 10;
+/// The last lines that are kept, in bytes: what a scriptlet prints has no end that we know.
+const KEPT: usize = 16 << 20;
+
+const SIGKILL: i32 = Signal::KILL.as_raw();
 
 /// What a program left behind when it ended, however it ended.
 pub struct Ended {
@@ -40,6 +47,22 @@ impl Ended {
         match self.find(&["No space left on device"]).filter(|_| !self.status.success()) {
             Some(line) => anyhow::bail!("a disk is full: {}; the last lines:{}", line.trim(), self.tail()),
             None => Ok(()),
+        }
+    }
+
+    /// Requires that nobody killed the program, which is no fault of the input: the kernel does, where
+    /// memory is short.
+    ///
+    /// # Errors
+    /// As said.
+    pub fn was_not_killed(&self, what: &str) -> Result<()> {
+        // Shells, and bubblewrap, say so of what they ran.
+        const KILLED: i32 = 128 + SIGKILL;
+        match (self.status.signal(), self.status.code()) {
+            (Some(SIGKILL), _) | (_, Some(KILLED)) => {
+                anyhow::bail!("{what} was killed; is there too little memory? Its last lines:{}", self.tail())
+            }
+            _ => Ok(()),
         }
     }
 
@@ -73,12 +96,19 @@ pub fn run(name: &str, command: &mut Command) -> Result<Ended> {
     // The command holds the pipe's writing end, and the pipe ends only without it.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let running = stop::Child::new(child.id());
-    let mut lines = VecDeque::new();
-    for line in BufReader::new(reader).split(b'\n') {
-        let line = String::from_utf8_lossy(&line.context("reading a program's output")?).trim_end().to_owned();
+    let (mut lines, mut kept) = (VecDeque::new(), 0);
+    let mut reader = BufReader::new(reader);
+    let mut bytes = Vec::new();
+    while reader.by_ref().take(LINE).read_until(b'\n', &mut bytes).context("reading a program's output")? > 0 {
+        let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        bytes.clear();
         if !line.is_empty() {
             tracing::info!("{name}: {line}");
+            kept += line.len();
             lines.push_back(line);
+        }
+        while kept > KEPT {
+            kept -= lines.pop_front().map_or(kept, |line: String| line.len());
         }
     }
     // Its number is its own until it was waited for.

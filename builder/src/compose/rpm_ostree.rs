@@ -98,6 +98,7 @@ fn compose_tree(job: &Job, repo: &Path, more: &[&str]) -> Result<Ended> {
         command.arg("--force-nocache");
     }
     let ended = process::run("rpm-ostree", command.args(more).arg(job.treefile))?;
+    ended.was_not_killed("rpm-ostree")?;
     if !ended.status.success() {
         if ended.find(&RETRY).is_some() {
             anyhow::bail!("rpm-ostree ended with {}; its last lines:{}", ended.status, ended.tail());

@@ -2,11 +2,59 @@
 //! IPC, nothing of the host writable but what they are given, and they die with us.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
 use anyhow::Result;
+
+/// What rpm and scriptlets need of root's capabilities (capabilities(7)). Others lead out of a chroot.
+const CAPABILITIES: [&str; 10] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    // Where device nodes are made, none can be opened: bubblewrap mounts with nodev.
+    "CAP_MKNOD",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+/// Where programs and libraries lie besides /usr, on systems where these are no links into it.
+const PROGRAMS: [&str; 6] = ["bin", "lib", "lib32", "lib64", "libx32", "sbin"];
+/// What dnf, rpm and their libraries read of the host's /etc: no secrets.
+const ETC: [&str; 24] = [
+    "alternatives",
+    "ca-certificates",
+    "crypto-policies",
+    "dnf",
+    "gai.conf",
+    "gnutls",
+    "group",
+    "host.conf",
+    "hosts",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "localtime",
+    "nsswitch.conf",
+    "os-release",
+    "passwd",
+    "pki",
+    "protocols",
+    "resolv.conf",
+    "rpm",
+    "services",
+    "ssl",
+    "yum",
+    "yum.repos.d",
+];
+/// systemd-resolved's directory.
+const RESOLVED: &str = "/run/systemd/resolve";
+/// The variables by which libcurl finds proxies (curl(1)), in lower case.
+const PROXIES: [&str; 5] = ["all_proxy", "ftp_proxy", "http_proxy", "https_proxy", "no_proxy"];
 
 /// What a sandboxed program may do beyond reading the host.
 pub struct Sandbox<'a> {
@@ -17,31 +65,41 @@ pub struct Sandbox<'a> {
 }
 
 impl Sandbox<'_> {
-    /// A command that sees the host read-only, `readable` wherever it is, and `root` writable
-    /// with /dev and /proc in it, for a program that enters it by chroot (as rpm does for
-    /// scriptlets).
-    pub fn outside(&self, root: &Path, readable: &[&Path]) -> Command {
+    /// A command that sees the host's programs and what they need of its configuration, read-only;
+    /// `readable` wherever it is; and `root` writable with /dev and /proc in it, for a program that
+    /// enters it by chroot (as rpm does for scriptlets). A chroot keeps no scriptlet of root's from
+    /// what is around it: so nothing else of the host is.
+    ///
+    /// # Errors
+    /// When the host's root directory cannot be read.
+    pub fn outside(&self, root: &Path, readable: &[&Path]) -> Result<Command> {
         let mut command = self.base();
-        command.args(["--ro-bind", "/", "/", "--dev", "/dev", "--tmpfs", "/tmp"]);
+        environment(&mut command);
+        programs(&mut command, Path::new("/"), Path::new("/"))?;
+        for name in ETC {
+            let path = Path::new("/etc").join(name);
+            command.arg("--ro-bind-try").args([&path, &path]);
+        }
+        command.args(["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/var/cache", "--dir", "/var/tmp"]);
         proc(&mut command, Path::new("/proc"));
-        // The host's caches are of no use here, and mount points can be made in this one.
-        command.args(["--tmpfs", "/var/cache"]);
+        if self.network {
+            // Name resolution may lead there (systemd-resolved).
+            command.args(["--ro-bind-try", RESOLVED, RESOLVED]);
+            let passed = PROXIES.iter().flat_map(|name| [(*name).to_owned(), name.to_ascii_uppercase()]);
+            command.envs(passed.filter_map(|name| Some((name.clone(), std::env::var_os(name)?))));
+        }
         for path in readable.iter().filter(|path| path.parent().is_some()) {
             command.arg("--ro-bind-try").args([path, path]);
         }
         for (from, to) in [(root, root)].iter().chain(self.writable) {
             command.arg("--bind").args([from, to]);
         }
-        if self.network {
-            // Name resolution may lead through /run (systemd-resolved).
-            command.args(["--ro-bind-try", "/run", "/run"]);
-        }
         command.arg("--dev").arg(root.join("dev"));
         proc(&mut command, &root.join("proc"));
         for scratch in ["run", "tmp"] {
             command.arg("--tmpfs").arg(root.join(scratch));
         }
-        command
+        Ok(command)
     }
 
     /// A command that sees the host read-only, `readable` wherever it is, and works in
@@ -67,17 +125,8 @@ impl Sandbox<'_> {
     /// When the tree cannot be read.
     pub fn arranged(&self, root: &Path) -> Result<Command> {
         let mut command = self.base();
-        command.arg("--ro-bind").args([&root.join("usr"), Path::new("/usr")]);
+        programs(&mut command, root, Path::new("/"))?;
         command.arg("--ro-bind").args([&root.join("usr/etc"), Path::new("/etc")]);
-        for entry in fs::read_dir(root)? {
-            let entry = entry?;
-            // bin, lib and their like
-            if let Ok(target) = fs::read_link(entry.path())
-                && target.starts_with("usr")
-            {
-                command.arg("--symlink").arg(target).arg(Path::new("/").join(entry.file_name()));
-            }
-        }
         command.args(["--dev", "/dev", "--tmpfs", "/run", "--tmpfs", "/tmp", "--tmpfs", "/var", "--dir", "/var/tmp"]);
         command.args(["--dir", "/sys", "--dir", "/root", "--chdir", "/"]);
         proc(&mut command, Path::new("/proc"));
@@ -104,8 +153,10 @@ impl Sandbox<'_> {
     }
 
     fn base(&self) -> Command {
-        let mut command = Command::new("bwrap");
+        let mut command = Command::new(&*BUBBLEWRAP);
         command.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--new-session"]);
+        command.args(["--hostname", "localhost", "--cap-drop", "ALL"]);
+        command.args(CAPABILITIES.iter().flat_map(|name| ["--cap-add", name]));
         if !self.network {
             command.arg("--unshare-net");
         }
@@ -113,20 +164,49 @@ impl Sandbox<'_> {
     }
 }
 
-/// That of a program in the tree.
+/// That of a program in the tree, or of one that starts such: nothing of the caller's, which could
+/// change what it does, or be a secret.
 fn environment(command: &mut Command) {
     command.env_clear().envs([
         ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
         ("HOME", "/root"),
         ("LC_ALL", "C.UTF-8"),
+        ("SYSTEMD_OFFLINE", "1"),
         ("container", "bwrap-osbuild"),
     ]);
 }
 
+/// Lets a command see the /usr of `from`, and the links to it (bin, lib and their like) or what
+/// stands in their place, at `to`.
+fn programs(command: &mut Command, from: &Path, to: &Path) -> Result<()> {
+    command.arg("--ro-bind").args([from.join("usr"), to.join("usr")]);
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (name, path) = (entry.file_name(), entry.path());
+        match fs::read_link(&path) {
+            Ok(target) if target.starts_with("usr") || target.starts_with("/usr") => {
+                command.arg("--symlink").arg(target).arg(to.join(name));
+            }
+            Err(_) if PROGRAMS.iter().any(|known| name == *known) => {
+                command.arg("--ro-bind").args([path, to.join(name)]);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Where bubblewrap is: by the caller's PATH, which what it runs does not have.
+static BUBBLEWRAP: LazyLock<PathBuf> = LazyLock::new(|| {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join("bwrap")).find(|program| program.is_file());
+    found.unwrap_or_else(|| PathBuf::from("bwrap"))
+});
+
 /// Whether the kernel lets us mount /proc: it does not where a container has masked
 /// paths of its own one, for a new one would show them.
 static NEW_PROC: LazyLock<bool> = LazyLock::new(|| {
-    let mut command = Command::new("bwrap");
+    let mut command = Command::new(&*BUBBLEWRAP);
     command.args(["--unshare-pid", "--ro-bind", "/", "/", "--proc", "/proc", "true"]);
     let tried = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
     let new = tried.is_ok_and(|status| status.success());

@@ -196,8 +196,8 @@ treefile! {
     "ignore-devices" ignore_devices: bool, first, Done;
     /// 1: /usr/etc is labelled as /etc; default 0.
     "selinux-label-version" selinux_label_version: u32, first, Only(&["0"]);
-    /// How users come from sysusers.d; default compose-forced.
-    "sysusers" sysusers: Sysusers, first, Only(&["compose-forced"]);
+    /// How users come from sysusers.d; default compose-auto.
+    "sysusers" sysusers: Sysusers, first, Done;
     /// Whether IMA signatures of the packages go into the commit; default false.
     "ima" ima: bool, first, Only(&["false"]);
     /// The key that signs the commit; default none.
@@ -225,7 +225,7 @@ treefile! {
     /// Whether executables lose their write permission; default false.
     "readonly-executables" readonly_executables: bool, first, Done;
     /// Where the kernel goes; default new.
-    "boot-location" boot_location: BootLocation, first, Only(&["new", "modules"]);
+    "boot-location" boot_location: BootLocation, first, Done;
     /// Whether /tmp is a directory, not a link to sysroot/tmp; default false.
     "tmp-is-dir" tmp_is_dir: bool, first, Done;
     /// What /opt and /usr/local are; default var.

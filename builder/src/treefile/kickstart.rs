@@ -36,6 +36,8 @@ impl Kickstart {
                     let words = shlex::split(line).ok_or((number, "a quote is not closed".to_owned()))?;
                     let words: Vec<&str> = words.iter().map(String::as_str).collect();
                     match words.as_slice() {
+                        // An indented comment.
+                        [] => {}
                         ["%include", path] => kickstart.includes.push((*path).to_owned()),
                         ["%include", ..] => return Err((number, "expected %include and one path".to_owned())),
                         ["%packages"] => section = Some(number),

@@ -198,15 +198,20 @@ fn note_unknown(name: &str, problems: &mut Problems) {
     problems.note_key(name, format!("unknown field {name:?}{hint}"));
 }
 
-/// Sets what other fields imply; this holds for the file they are in, before any include.
-/// Whether `boot-location` is among it.
+/// Sets what other fields imply; this holds for the file they are in, before any include. `edition` has
+/// defaults, `container` decides. Whether `boot-location` is among it.
 fn imply(treefile: &mut Treefile) -> bool {
-    let boots_from_modules = treefile.container == Some(true) || treefile.edition >= Some(Edition::Of2024);
+    let container = treefile.container == Some(true);
+    let boots_from_modules = container || treefile.edition >= Some(Edition::Of2024);
     if boots_from_modules {
-        treefile.boot_location = Some(BootLocation::Modules);
-        treefile.tmp_is_dir = Some(true);
+        let (boot_location, tmp_is_dir) = (&mut treefile.boot_location, &mut treefile.tmp_is_dir);
+        if container {
+            (*boot_location, *tmp_is_dir) = (None, None);
+        }
+        boot_location.get_or_insert(BootLocation::Modules);
+        tmp_is_dir.get_or_insert(true);
     }
-    if treefile.container == Some(true) {
+    if container {
         treefile.selinux = Some(false);
         treefile.preserve_passwd = Some(false);
         treefile.check_passwd = Some(CheckPasswd::None);
@@ -217,7 +222,8 @@ fn imply(treefile: &mut Treefile) -> bool {
 
 /// What the types leave open.
 fn check(value: &Value, scope: &Scope<'_>, treefile: &Treefile, problems: &mut Problems) {
-    if let Some(given) = &treefile.basearch
+    // Of a condition that does not hold it may be another one.
+    if let Some(given) = treefile.basearch.as_ref().filter(|_| !scope.inline)
         && given != scope.basearch
     {
         problems.at("basearch", |problems| {

@@ -150,9 +150,9 @@ choice! {
 choice! {
     /// How users and groups come from sysusers.d.
     Sysusers {
-        /// Made at compose time, into the passwd files; the default.
+        /// Made at compose time, into the passwd files, whatever the packages do.
         ComposeForced = "compose-forced",
-        /// Left to systemd-sysusers where the tree's packages do so.
+        /// As the packages have it, whose scriptlets make them at compose time; the default.
         ComposeAuto = "compose-auto",
     }
 }

@@ -56,6 +56,12 @@ pub fn policy(cache: &Path) -> Result<Package> {
 
     package.files.retain(|file| !file.path.starts_with(&modules) && !file.path.starts_with("/var/lib/selinux"));
     package.files.push(File::config("/etc/selinux/config", 0o644, CONFIG));
+    // Of the store of modules, which Fedora's package has too, one is enough.
+    let store = Path::new("var/lib/selinux").join(POLICY);
+    for inside in ["active/modules/400/ssh/cil", "semanage.read.LOCK"].map(|name| store.join(name)) {
+        let content = fs::read(root.path().join(&inside)).unwrap_or_default();
+        package.files.push(File::regular(&format!("/{}", inside.display()), 0o600, content));
+    }
     let compiled = root.path().join("etc/selinux").join(POLICY);
     for name in ["policy", "contexts/files"] {
         for entry in fs::read_dir(compiled.join(name))? {
