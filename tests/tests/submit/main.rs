@@ -4,6 +4,7 @@
 
 mod apply;
 mod following;
+mod proxies;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
