@@ -118,7 +118,7 @@ fn run(args: &RunArgs, reporter: &mut Reporter) -> Result<Success> {
     reporter.stage("Publishing", &format!("publishing to {}", args.endpoint));
     let published = publish::publish(&artifact, &args.endpoint, &args.client)?;
     // A try before this one may have published and gone no further.
-    if let Some(started) = args.trigger.start(&published).context("the artifact is published")? {
+    if let Some(started) = args.trigger.start(&published, args.events.job_uid()).context("the artifact is published")? {
         reporter.done("Triggered", &format!("started {started} for {}", published.manifest_digest));
     }
     let given_back = give_back(args, &repo, &cache, &commit.ref_name);

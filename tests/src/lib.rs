@@ -8,6 +8,7 @@ pub mod containers;
 pub mod endpoint;
 pub mod http;
 pub mod images;
+pub mod ipv4;
 pub mod issuer;
 pub mod kubernetes;
 pub mod manifests;
@@ -141,9 +142,16 @@ impl Server {
     /// `/healthz` may be asked.
     #[track_caller]
     pub fn start(command: &mut Command) -> Self {
+        Self::start_on("127.0.0.1", command)
+    }
+
+    /// The same with `--listen HOST:PORT`, which takes connections to 127.0.0.1 too.
+    #[track_caller]
+    pub fn start_on(host: &str, command: &mut Command) -> Self {
         let address = free_address();
+        let port = address.rsplit(':').next().expect("an address has a port");
         let child = command
-            .args(["--listen", &address])
+            .args(["--listen", &format!("{host}:{port}")])
             .stdin(Stdio::null())
             .spawn()
             .unwrap_or_else(|e| panic!("running {command:?}: {e}"));

@@ -245,7 +245,7 @@ fn from_the_treefile_to_the_mirror() {
 
     // Its trigger made the aggregation Job. First without, then with a registry.
     let job = api.one("Job", OTHER, "aggregate-");
-    assert!(digest.contains(job["metadata"]["name"].as_str().unwrap().trim_start_matches("aggregate-")));
+    assert_eq!(job["metadata"]["annotations"]["oscontainer/artifact"], digest);
     let nowhere = config_map("oscontainer", json!({"nothing": "here"}));
     let pod = cluster.play(&job, "c", &[nowhere]);
     let (code, log) = cluster.ended(&pod, "rollout");

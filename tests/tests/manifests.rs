@@ -61,6 +61,13 @@ fn every_change_of_a_job_changes_its_name() {
     fs::write(&treefile, fs::read_to_string(&treefile).unwrap() + "# changed\n").unwrap();
     let after = names();
     assert!(before.len() >= 4 && before.iter().all(|(path, name)| after[path] != *name), "{before:?} {after:?}");
+    // Another registry, as the docs do it.
+    for path in files(&dir.path().join("manifests")) {
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("localhost/oscontainer-", "registry.example/oscontainer-")).unwrap();
+    }
+    let elsewhere = names();
+    assert!(after.iter().all(|(path, name)| elsewhere[path] != *name), "{after:?} {elsewhere:?}");
 }
 
 /// What `submit` would send is what the ConfigMap holds: the treefile and all it needs, no more.
@@ -379,7 +386,11 @@ fn variants_differ_only_where_they_must() {
     };
     for (variant, base, allowed) in [
         ("nightly/compose.yaml", "80-compose.yaml", &[][..]),
-        ("userns/compose.yaml", "80-compose.yaml", &["/containers/0/securityContext", "/hostUsers"]),
+        (
+            "userns/compose.yaml",
+            "80-compose.yaml",
+            &["/containers/0/args", "/containers/0/securityContext", "/hostUsers"],
+        ),
         (
             "openshift/50-compose.yaml",
             "80-compose.yaml",
@@ -395,6 +406,85 @@ fn variants_differ_only_where_they_must() {
         for place in differences {
             assert!(allowed.iter().any(|start| place.starts_with(start)), "{variant}: {place} is not as in {base}");
         }
+    }
+}
+
+/// rpm-ostree's rofiles-fuse needs /dev/fuse, which only privileged containers have.
+#[test]
+fn without_privileges_the_engine_is_dnf() {
+    let arguments = |file: &str| -> Vec<String> {
+        let all = objects();
+        let mut pods = all.iter().filter(|(name, _)| name == file).filter_map(|(_, object)| pod(object));
+        let container = &pods.next().unwrap()["spec"]["containers"][0];
+        list(&container["args"]).map(|argument| argument.as_str().unwrap().to_owned()).collect()
+    };
+    let mut userns = arguments("userns/compose.yaml");
+    let place = userns.iter().position(|argument| argument == "--engine=dnf").unwrap();
+    userns.remove(place);
+    assert_eq!(userns, arguments("80-compose.yaml"));
+    // What Fedora's image must have for both engines.
+    let containerfile = fs::read_to_string(source_dir().join("builder/Containerfile")).unwrap();
+    let (_, line) = containerfile.split_once("dnf install ").unwrap();
+    let line = line.split(';').next().unwrap().replace('\\', " ");
+    for package in ["/usr/bin/dnf", "rpm-ostree", "selinux-policy-targeted"] {
+        assert!(line.split_whitespace().any(|word| word == package), "{package}: {line}");
+    }
+}
+
+/// Where composing needs to write under a read-only root.
+#[test]
+fn composing_has_room_for_temporary_files() {
+    let mut found = 0;
+    for (file, object) in objects() {
+        let Some(pod) = pod(&object) else { continue };
+        for container in containers(pod).filter(|container| container["name"] == "compose") {
+            found += 1;
+            for path in ["/tmp", "/var/tmp", "/var/cache/oscontainer"] {
+                let mount = list(&container["volumeMounts"]).find(|mount| mount["mountPath"] == path);
+                let mount = mount.unwrap_or_else(|| panic!("{file}: no {path}"));
+                assert!(mount["readOnly"].is_null(), "{file}: {path}");
+            }
+        }
+    }
+    assert_eq!(found, 5);
+}
+
+/// What fails before it can write its result is told by its log's end.
+#[test]
+fn every_containers_last_words_are_kept() {
+    for (file, object) in objects() {
+        let Some(pod) = pod(&object) else { continue };
+        if pod["spec"]["restartPolicy"] != "Never" {
+            continue;
+        }
+        for container in containers(pod) {
+            let what = format!("{file}: {}, container {}", called(&object), container["name"]);
+            assert_eq!(container["terminationMessagePolicy"], "FallbackToLogsOnError", "{what}");
+        }
+    }
+}
+
+/// Pods pull with the Secret `registry`: by their account, or where they have none by themselves.
+#[test]
+fn every_pod_can_pull_from_a_registry_with_a_password() {
+    let all = objects();
+    let secret = json!([{"name": "registry"}]);
+    for (file, object) in &all {
+        let Some(pod) = pod(object) else { continue };
+        let what = format!("{file}: {}", called(object));
+        let account = &pod["spec"]["serviceAccountName"];
+        if account.is_null() {
+            // OpenShift gives every account the internal registry's.
+            assert!(pod["spec"]["imagePullSecrets"] == secret || file.starts_with("openshift/"), "{what}");
+            continue;
+        }
+        let is = |other: &&(String, Value)| {
+            let metadata = &other.1["metadata"];
+            other.1["kind"] == "ServiceAccount"
+                && metadata["name"] == *account
+                && metadata["namespace"] == object["metadata"]["namespace"]
+        };
+        assert_eq!(all.iter().find(is).unwrap().1["imagePullSecrets"], secret, "{what}");
     }
 }
 

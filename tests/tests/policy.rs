@@ -207,3 +207,47 @@ fn updates_of_a_running_pod_are_judged_by_what_they_change() {
     assert_eq!(reply.status, 200, "{reply:?}");
     assert_eq!(ask(&cluster, COMPOSE, "PATCH", "pods/x/ephemeralcontainers", &debug).status, 422);
 }
+
+/// Who may create Jobs where everything else is gets no Secret and no other account by it.
+#[test]
+fn jobs_use_no_secret_but_the_registrys() {
+    let cluster = cluster();
+    let text = fs::read_to_string(source_dir().join("manifests/50-aggregate.yaml")).unwrap();
+    let cron_job = manifests::documents(&text).into_iter().find(|object| object["kind"] == "CronJob").unwrap();
+    let mut job = cron_job["spec"]["jobTemplate"].clone();
+    job["apiVersion"] = "batch/v1".into();
+    job["kind"] = "Job".into();
+    job["metadata"]["name"] = "x".into();
+    let pod = "/spec/template/spec";
+    let create = |job: &Value| {
+        let mut command = curl();
+        command.args(["-H", &format!("Authorization: Bearer {ADMIN}"), "-H", "Content-Type: application/json"]);
+        command.args(["-d", &job.to_string(), "--cacert"]).arg(cluster.ca());
+        let path = format!("apis/batch/v1/namespaces/{OTHER}/jobs?dryRun=All");
+        Reply::of(command.arg(format!("https://{}/{path}", cluster.address)))
+    };
+    let reply = create(&job);
+    assert_eq!(reply.status, 201, "{}", reply.text());
+    let secret = "Jobs in oscontainer use no Secret but the registry's";
+    let reference = json!({"name": "endpoint-store", "key": "x"});
+    let projected = json!({"sources": [{"secret": {"name": "endpoint-store"}}]});
+    for (place, value, why) in [
+        ("/volumes/-", json!({"name": "a", "secret": {"secretName": "endpoint-store"}}), secret),
+        ("/volumes/-", json!({"name": "a", "projected": projected}), secret),
+        ("/volumes/-", json!({"name": "a", "csi": {"driver": "secrets-store.csi.k8s.io"}}), secret),
+        ("/containers/0/env/-", json!({"name": "a", "valueFrom": {"secretKeyRef": reference}}), secret),
+        ("/initContainers/0/env/-", json!({"name": "a", "valueFrom": {"secretKeyRef": reference}}), secret),
+        ("/containers/0/envFrom", json!([{"secretRef": {"name": "endpoint-store"}}]), secret),
+        ("/imagePullSecrets", json!([{"name": "endpoint-store"}]), secret),
+        ("/serviceAccountName", json!("builder"), "run with the service account aggregate"),
+    ] {
+        let mut job = job.clone();
+        let (parent, key) = place.rsplit_once('/').unwrap();
+        match job.pointer_mut(&format!("{pod}{parent}")).unwrap_or_else(|| panic!("{parent}")) {
+            Value::Array(items) => items.push(value.clone()),
+            parent => parent[key] = value.clone(),
+        }
+        let reply = create(&job);
+        assert!(reply.status == 422 && reply.text().contains(why), "{value}: {}", reply.text());
+    }
+}

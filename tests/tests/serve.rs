@@ -360,3 +360,14 @@ fn it_says_why_it_does_not_start_and_stops_when_told() {
     ok(tool("kill").args(["-TERM", &id]));
     assert!(server.child().wait().unwrap().success());
 }
+
+/// The shipped default is `[::]`.
+#[test]
+fn a_machine_without_ipv6_is_served_on_ipv4() {
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    let mut command = aggregator();
+    command.arg("serve").arg("--repo").arg(&repo.path);
+    let server = Server::start_on("[::]", &mut e2e::ipv4::only(dir.path(), &command));
+    assert_eq!(ask(&server, "/healthz", &[]).status, 200);
+}

@@ -8,7 +8,7 @@ mod path;
 mod tree;
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -67,17 +67,7 @@ pub fn main(args: ServeArgs, _global: &Global) -> Result<()> {
     let site =
         Site { tree: Tree::open(&args.repo)?, page: Page::new(&args.repo, &args.layer_index), metrics: Metrics::new() };
     let router = Router::new().fallback(handle).with_state(Arc::new(site));
-    server::serve_per_core(reachable(args.listen), router, &args.server)
-}
-
-/// `[::]` takes IPv4 too, but cannot be bound where IPv6 is switched off.
-fn reachable(listen: SocketAddr) -> SocketAddr {
-    let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    if listen.ip() == any && UdpSocket::bind((any, 0)).is_err() {
-        tracing::info!("there is no IPv6 here: listening on IPv4");
-        return SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), listen.port());
-    }
-    listen
+    server::serve_per_core(args.listen, router, &args.server)
 }
 
 async fn handle(State(site): State<Arc<Site>>, request: Request) -> Response<Body> {

@@ -2,7 +2,7 @@
 //! HTTP/2 as well, and lets transfers that are under way end. Clients that connect and
 //! then say nothing are hung up on, and connections are limited.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -120,6 +120,7 @@ fn runtime() -> Result<Runtime> {
 async fn serve_on(workers: &[Handle], listen: SocketAddr, router: Router, options: &ServerOptions) -> Result<()> {
     let tls = options.tls.watch()?;
     raise_file_limit();
+    let listen = reachable(listen);
     let listener = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
     let scheme = if tls.is_some() { "https" } else { "http" };
     tracing::info!("listening on {scheme}://{}", listener.local_addr()?);
@@ -159,6 +160,16 @@ async fn serve_on(workers: &[Handle], listen: SocketAddr, router: Router, option
     tracing::info!("stopping: no new connections, transfers under way may end");
     graceful.shutdown().await;
     Ok(())
+}
+
+/// `[::]` takes IPv4 too, but cannot be bound where IPv6 is switched off.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    if listen.ip() == any && UdpSocket::bind((any, 0)).is_err() {
+        tracing::info!("there is no IPv6 here: listening on IPv4");
+        return SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), listen.port());
+    }
+    listen
 }
 
 /// Where connections come from.

@@ -37,6 +37,13 @@ pub struct EventOptions {
     job_uid: Option<String>,
 }
 
+impl EventOptions {
+    /// The Job's uid, where there is one.
+    pub fn job_uid(&self) -> Option<&str> {
+        self.job_uid.as_deref()
+    }
+}
+
 /// Writes Events about one Job, or nothing.
 pub struct Reporter {
     target: Option<Target>,

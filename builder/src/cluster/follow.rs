@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::stream::{BoxStream, select_all};
 use futures_util::{StreamExt, future};
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{ApiResource, DynamicObject, ListParams};
@@ -47,6 +47,15 @@ const WAITS: [&str; 8] = [
 const NEVER: [&str; 4] =
     ["ValidatingAdmissionPolicy", "violates PodSecurity", "security context constraint", "admission webhook"];
 
+/// What the kubelet says wherever the Secret `registry` is not made; whether an image is missing it
+/// says besides.
+const NO_SECRET: &str = "FailedToRetrieveImagePullSecret";
+/// Bytes that are shown of a termination message that is not JSON.
+const MAX_TEXT: usize = 600;
+/// What helps where the admission policy knows another image.
+const OTHER_IMAGE: &str =
+    "submit --template manifests/80-compose.yaml sends the Job as it was applied, --image its image";
+
 /// What is followed.
 #[derive(Debug, Clone)]
 pub struct Watched {
@@ -58,6 +67,13 @@ pub struct Watched {
     pub pods: String,
     /// Whether it was there before it was to be made.
     pub before: bool,
+}
+
+impl Watched {
+    /// Whether it is an OpenShift build, and no Job.
+    pub fn is_build(&self) -> bool {
+        self.resource.kind == "Build"
+    }
 }
 
 impl fmt::Display for Watched {
@@ -73,11 +89,39 @@ pub struct Ended {
     pub success: bool,
     /// Why it ended, as the cluster says.
     pub reason: String,
-    /// What the container that decided left as its termination message, if that was a
-    /// JSON object.
-    pub message: Value,
+    /// What the container that decided left.
+    pub left: Left,
     /// The object as it is now.
     pub object: Value,
+}
+
+/// What a container left at its end.
+#[derive(Debug, Default)]
+pub struct Left {
+    /// The termination message, if that was a JSON object.
+    pub message: Value,
+    /// What it says if it was not: the last lines of the log, as a rule.
+    pub text: String,
+    /// The exit code.
+    pub code: Option<i32>,
+}
+
+impl Left {
+    fn of(state: &ContainerStateTerminated) -> Self {
+        let said = state.message.as_deref().unwrap_or_default();
+        let message = serde_json::from_str(said).ok().filter(Value::is_object);
+        let text = if message.is_some() { String::new() } else { shortened(said) };
+        Self { message: message.unwrap_or_default(), text, code: Some(state.exit_code) }
+    }
+}
+
+/// The end of a text in one line; that is where logs say what was wrong.
+fn shortened(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let error = lines.iter().rposition(|line| line.contains("ERROR") || line.starts_with("error:"));
+    let text = lines[error.unwrap_or(0)..].join("; ");
+    let start = text.ceil_char_boundary(text.len().saturating_sub(MAX_TEXT));
+    if start == 0 { text } else { format!("…{}", &text[start..]) }
 }
 
 /// Nothing started in time, or never will.
@@ -220,8 +264,8 @@ struct Follower<'a> {
     running: HashSet<String>,
     /// Uids of the Pods in the list that comes.
     listed: HashSet<String>,
-    /// The termination message of the Pod that decides: one that succeeded, else the newest.
-    message: Value,
+    /// What the Pod left that decides: one that succeeded, else the newest.
+    left: Left,
     /// Whether that Pod succeeded, and when it was made.
     decided: (bool, Option<Time>),
     /// Since when the API server does not answer, or refuses us.
@@ -249,7 +293,7 @@ impl<'a> Follower<'a> {
             problem: None,
             running: HashSet::new(),
             listed: HashSet::new(),
-            message: Value::Null,
+            left: Left::default(),
             decided: (false, None),
             silent: None,
             refused: None,
@@ -273,7 +317,7 @@ impl<'a> Follower<'a> {
                 for event in std::mem::take(&mut self.early) {
                     self.event(&event)?;
                 }
-                return Ok(ended(&object));
+                return Ok(ended(&object, self.watched.is_build()));
             }
             Seen::OwnerGone => bail!("{} was deleted", self.watched),
             Seen::Listing(What::Owner) => self.owner_listed = false,
@@ -421,8 +465,7 @@ impl<'a> Follower<'a> {
         };
         let order = (!failed, pod.creation_timestamp());
         if order >= self.decided {
-            let message = decided.and_then(|(_, state)| serde_json::from_str(state.message.as_deref()?).ok());
-            self.message = message.filter(Value::is_object).unwrap_or_default();
+            self.left = decided.map(|(_, state)| Left::of(state)).unwrap_or_default();
             self.decided = order;
         }
         if failed {
@@ -457,10 +500,14 @@ impl<'a> Follower<'a> {
             return Ok(());
         }
         let reason = event.reason.as_deref().unwrap_or_default();
+        if reason == NO_SECRET {
+            return Ok(());
+        }
         let note = event.note.as_deref().unwrap_or_default();
         let text = format!("{about}: {reason}: {note}");
         if reason == "FailedCreate" && NEVER.iter().any(|never| note.contains(never)) {
-            let error = Rejected::new(format!("the cluster takes no Pod of {}: {note}", self.watched));
+            let help = if note.contains(NEVER[0]) { format!("; {OTHER_IMAGE}") } else { String::new() };
+            let error = Rejected::new(format!("the cluster takes no Pod of {}: {note}{help}", self.watched));
             return Err(anyhow!(error).context(NotStarted(format!("{} cannot start", self.watched))));
         }
         self.tell(text, true);
@@ -493,7 +540,7 @@ impl<'a> Follower<'a> {
         if timeout(LAST_LINES, future::join_all(logs)).await.is_err() {
             tracing::warn!("the end of the log could not be read in {} s", LAST_LINES.as_secs());
         }
-        ended.message = std::mem::take(&mut self.message);
+        ended.left = std::mem::take(&mut self.left);
         Ok(ended)
     }
 }
@@ -506,10 +553,10 @@ fn all_statuses(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> + Clone {
     first.into_iter().chain(main).flatten()
 }
 
-/// How a Job or a build ended, if it has.
-fn ended(object: &DynamicObject) -> Option<Ended> {
+/// How a Job or a build ended, if it has; objects in lists do not say what they are.
+fn ended(object: &DynamicObject, is_build: bool) -> Option<Ended> {
     let status = &object.data["status"];
-    let (success, reason) = if object.types.as_ref().is_some_and(|types| types.kind == "Build") {
+    let (success, reason) = if is_build {
         let reason = || {
             format!("{}: {}", status["reason"].as_str().unwrap_or("Error"), status["message"].as_str().unwrap_or(""))
         };
@@ -530,5 +577,5 @@ fn ended(object: &DynamicObject) -> Option<Ended> {
             (None, None) => return None,
         }
     };
-    Some(Ended { success, reason, message: Value::Null, object: object.data.clone() })
+    Some(Ended { success, reason, left: Left::default(), object: object.data.clone() })
 }

@@ -9,6 +9,7 @@
 mod bundle;
 pub mod events;
 mod follow;
+mod proxy;
 pub mod rollout;
 pub mod submit;
 mod template;
@@ -20,11 +21,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use k8s_openapi::NamespaceResourceScope;
 use kube::api::ApiResource;
-use kube::config::KubeConfigOptions;
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, Resource};
 use oscontainer_artifact::Rejected;
 use oscontainer_program::exit::Usage;
-use oscontainer_program::tls;
+use oscontainer_program::{exit, tls};
 use tokio::time::{Instant, sleep};
 
 /// How long the API server may fail to answer, once it is known: upgrades restart it.
@@ -48,19 +49,31 @@ pub async fn connect(context: Option<&str>) -> Result<Client> {
 
 async fn connect_with(context: Option<&str>, silence: u32) -> Result<Client> {
     tls::install_provider();
-    let mut config = match context {
-        Some(name) => {
-            let options = KubeConfigOptions { context: Some(name.to_owned()), ..KubeConfigOptions::default() };
-            Config::from_kubeconfig(&options).await.map_err(|error| Usage(format!("--context {name}: {error}")))?
-        }
-        None => Config::infer().await.map_err(|error| {
-            Usage(format!("finding a cluster: neither a kubeconfig nor a Pod's service account: {error}"))
+    let mut config = match (from_kubeconfig(context).await, context) {
+        (Ok(config), _) => config,
+        (Err(error), Some(name)) => return Err(Usage(format!("--context {name}: {}", exit::chain(&error))).into()),
+        // A Pod reaches the API server directly.
+        (Err(kubeconfig), None) => Config::incluster().map_err(|error| {
+            Usage(format!(
+                "finding a cluster: neither a kubeconfig ({}) nor a Pod's service account ({error})",
+                exit::chain(&kubeconfig)
+            ))
         })?,
     };
     config.read_timeout = Some(Duration::from_secs(silence.into()) + MARGIN);
     // Else a connection's idle time counts too.
     config.reset_reader_on_write = true;
     Client::try_from(config).context("setting up the client of the Kubernetes API")
+}
+
+/// What the kubeconfig says of a context, or of the current one.
+async fn from_kubeconfig(context: Option<&str>) -> Result<Config> {
+    let kubeconfig = Kubeconfig::read()?;
+    let own = proxy::of_context(&kubeconfig, context);
+    let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+    config.proxy_url = proxy::to(&config.cluster_url, own.as_deref())?;
+    Ok(config)
 }
 
 /// A cluster that is used for long: longer than a token may be valid.
@@ -140,7 +153,7 @@ pub async fn patiently<T>(ask: impl AsyncFn() -> Result<T, kube::Error>) -> Resu
     loop {
         match ask().await {
             Err(error) if passes(&error) && start.elapsed() <= PATIENCE => {
-                tracing::warn!("{}; trying again", oscontainer_program::exit::chain(&told(error)));
+                tracing::warn!("{}; trying again", exit::chain(&told(error)));
                 sleep(pauses.step()).await;
             }
             done => return done,

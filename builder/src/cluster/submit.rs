@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt};
 use oscontainer_program::exit::Usage;
 use oscontainer_program::options::Global;
@@ -20,7 +20,7 @@ use serde_json::{Map, Value};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::bundle::Bundle;
-use super::follow::{self, Ended, NotStarted, Watched};
+use super::follow::{self, Ended, Left, NotStarted, Watched};
 use super::template::{self, Changes};
 use super::trigger::{self, Target};
 use super::{Access, SILENCE, patiently, told};
@@ -238,7 +238,7 @@ async fn delete(jobs: &Api<Job>, name: &str) {
 async fn run(args: &SubmitArgs, access: &Access, objects: Objects) -> Result<Submitted> {
     // Before anything is made: a signal must find somebody.
     let mut signals = Signals::new()?;
-    let mut jobs = vec![(objects.job.namespace().unwrap_or_default(), objects.job.name_any())];
+    let mut started = vec![(objects.job.namespace().unwrap_or_default(), Watched::job(objects.job.name_any()))];
     let (client, parameters) = (access.client(), PostParams::default());
     let mut creating = std::pin::pin!(create(&client, objects, &parameters));
     let made = tokio::select! {
@@ -251,7 +251,7 @@ async fn run(args: &SubmitArgs, access: &Access, objects: Objects) -> Result<Sub
     };
     let ended = match made {
         Ok(made) => tokio::select! {
-            ended = follow_all(args, access, &made, &mut jobs) => ended,
+            ended = follow_all(args, access, &made, &mut started) => ended,
             signal = signals.next() => Err(Interrupted(signal).into()),
         },
         Err(error) => Err(error),
@@ -259,28 +259,47 @@ async fn run(args: &SubmitArgs, access: &Access, objects: Objects) -> Result<Sub
     let Err(error) = &ended else { return ended };
     let interrupted = error.downcast_ref::<Interrupted>();
     if interrupted.is_some() || error.downcast_ref::<NotStarted>().is_some() {
-        clean(args, access, &jobs, interrupted, &mut signals).await;
+        clean(args, access, &started, interrupted, &mut signals).await;
     }
     ended
 }
 
-/// Deletes what was made, unless it is to be kept.
+/// Deletes the Jobs that were made and cancels the build, unless they are to be kept.
 async fn clean(
     args: &SubmitArgs,
     access: &Access,
-    made: &[(String, String)],
+    started: &[(String, Watched)],
     interrupted: Option<&Interrupted>,
     signals: &mut Signals,
 ) {
     let asked = interrupted.is_some_and(|by| by.0 == SignalKind::interrupt()) && stdin().is_terminal();
     if args.keep || asked && !delete_wanted(signals).await {
-        for (namespace, name) in made {
-            tracing::info!("the Job {name} in {namespace} goes on: kubectl logs -f -n {namespace} job/{name}");
+        for (namespace, watched) in started {
+            let (kind, name) = (watched.resource.kind.to_ascii_lowercase(), &watched.name);
+            let by = if watched.is_build() { "oc" } else { "kubectl" };
+            tracing::info!("the {watched} in {namespace} goes on: {by} logs -f -n {namespace} {kind}/{name}");
         }
         return;
     }
-    for (namespace, name) in made {
-        delete(&access.api(namespace), name).await;
+    for (namespace, watched) in started {
+        if watched.is_build() {
+            cancel(access, namespace, watched).await;
+        } else {
+            delete(&access.api(namespace), &watched.name).await;
+        }
+    }
+}
+
+/// Cancels a build as `oc cancel-build` does: its controller stops it and keeps the log.
+async fn cancel(access: &Access, namespace: &str, build: &Watched) {
+    let api: Api<DynamicObject> = Api::namespaced_with(access.client(), namespace, &build.resource);
+    let cancelled = serde_json::json!({"status": {"cancelled": true}});
+    match api.patch(&build.name, &PatchParams::default(), &Patch::Merge(cancelled)).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        Ok(_) => tracing::info!("cancelled the {build}"),
+        Err(error) => {
+            tracing::warn!("the {build} in {namespace} goes on: cancelling it: {}", exit::chain(&told(error)));
+        }
     }
 }
 
@@ -323,35 +342,36 @@ impl Signals {
     }
 }
 
-/// Follows the Job, then the aggregation; `jobs` gets the Jobs that are made besides.
+/// Follows the Job, then the aggregation; `started` gets that too, if it was not there before.
 async fn follow_all(
     args: &SubmitArgs,
     access: &Access,
     made: &Objects,
-    jobs: &mut Vec<(String, String)>,
+    started: &mut Vec<(String, Watched)>,
 ) -> Result<Submitted> {
     let (name, namespace) = (made.job.name_any(), made.job.namespace().unwrap_or_default());
     tracing::info!("made the Job {name} in {namespace}, with {} ConfigMaps", made.config_maps.len());
     let timeout = Duration::from_secs(args.start_timeout);
     let watched = Watched::job(name);
     let ended = succeeded(&watched, follow::follow(access, &namespace, &watched, timeout).await?)?;
-    let published: Published = match serde_json::from_value(ended.message.clone()) {
+    let published: Published = match serde_json::from_value(ended.left.message.clone()) {
         Ok(published) => published,
         Err(error) => bail!("{watched} left no result as its termination message: {error}"),
     };
-    let result = ended.message.as_object().cloned().unwrap_or_default();
+    let result = ended.left.message.as_object().cloned().unwrap_or_default();
     let mut submitted = Submitted { job: watched.name, result, digest: None, image: None };
     if let Some(target) = &args.aggregate {
         let namespace = &args.aggregate_namespace;
-        let watched = trigger::start(&access.client(), namespace, target, &published).await?;
-        if let Target::CronJob(_) = target {
-            jobs.push((namespace.clone(), watched.name.clone()));
+        let composed = (&published, made.job.metadata.uid.as_deref());
+        let watched = trigger::start(&access.client(), namespace, target, composed).await?;
+        if !watched.before {
+            started.push((namespace.clone(), watched.clone()));
         }
         let ended = succeeded(&watched, follow::follow(access, namespace, &watched, timeout).await?)?;
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let status = &ended.object["status"];
-        submitted.digest = text(&ended.message["digest"]).or_else(|| text(&status["output"]["to"]["imageDigest"]));
-        submitted.image = text(&ended.message["image"]).or_else(|| text(&status["outputDockerImageReference"]));
+        submitted.digest = text(&ended.left.message["digest"]).or_else(|| text(&status["output"]["to"]["imageDigest"]));
+        submitted.image = text(&ended.left.message["image"]).or_else(|| text(&status["outputDockerImageReference"]));
     }
     Ok(submitted)
 }
@@ -361,13 +381,16 @@ fn succeeded(watched: &Watched, ended: Ended) -> Result<Ended> {
     if ended.success {
         return Ok(ended);
     }
-    let error = ended.message["error"].as_str().unwrap_or("it left no termination message; its log says more");
-    let again = match watched.before {
-        true => "; it was there before, for the same artifact: delete it to try again",
-        false => "",
+    let Left { message, text, code } = &ended.left;
+    let error = match (message["error"].as_str(), text.as_str()) {
+        (Some(error), _) => error,
+        (None, "") => "it left no termination message; its log says more",
+        (None, text) => text,
     };
-    let text = format!("{watched} failed, {}: {error}{again}", ended.reason);
-    match ended.message["exitCode"].as_u64() {
+    let text = format!("{watched} failed, {}: {error}", ended.reason);
+    // A build's containers are not ours: their codes mean something else.
+    let code = code.filter(|_| !watched.is_build());
+    match message["exitCode"].as_i64().or(code.map(i64::from)) {
         Some(3) => reject!("{text}"),
         Some(2) => Err(Usage(text).into()),
         _ => bail!(text),

@@ -1,6 +1,7 @@
 //! What comes after publishing: an OpenShift build, or a Job made of the suspended CronJob
 //! that is its template. Either is told the artifact's URL and digest, and nothing else.
 
+use std::cell::Cell;
 use std::fmt;
 use std::str::FromStr;
 
@@ -11,6 +12,7 @@ use k8s_openapi::api::core::v1::{Container, EnvVar};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client, ResourceExt};
+use oscontainer_artifact::digest::Digest;
 use oscontainer_program::{reject, stop};
 use serde_json::{Value, json};
 
@@ -21,7 +23,7 @@ use crate::publish::Published;
 /// The variables, and build arguments, that name the artifact.
 const URL: &str = "ARTIFACT_URL";
 const DIGEST: &str = "ARTIFACT_DIGEST";
-/// Digits of the digest in a Job's name, which has at most 63 letters.
+/// Digits of a digest in a Job's name, which has at most 63 letters.
 const DIGITS: usize = 10;
 
 /// What is started.
@@ -76,31 +78,34 @@ pub struct TriggerOptions {
 }
 
 impl TriggerOptions {
-    /// Starts what is to be started; gives its name.
+    /// Starts what is to be started, for the Job with the uid `by`; gives its name.
     ///
     /// # Errors
     /// As [`start`].
-    pub fn start(&self, published: &Published) -> Result<Option<String>> {
+    pub fn start(&self, published: &Published, by: Option<&str>) -> Result<Option<String>> {
         let Some(target) = &self.trigger else { return Ok(None) };
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
         runtime.block_on(stop::or(async {
             let client = super::connect(None).await?;
             let namespace = self.trigger_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
-            let started = start(&client, &namespace, target, published).await?;
+            let started = start(&client, &namespace, target, (published, by)).await?;
             Ok(Some(format!("{started} in {namespace}")))
         }))
     }
 }
 
+/// What was published, and the uid of the Job that composed it, if it was one.
+type Composed<'a> = (&'a Published, Option<&'a str>);
+
 /// Starts `target` in `namespace` for what was published; gives what is to be followed.
 ///
 /// # Errors
 /// Rejected when the cluster has or allows no such thing.
-pub async fn start(client: &Client, namespace: &str, target: &Target, published: &Published) -> Result<Watched> {
+pub async fn start(client: &Client, namespace: &str, target: &Target, composed: Composed<'_>) -> Result<Watched> {
     let started = match target {
-        Target::BuildConfig(name) => instantiate(client, namespace, name, published).await,
-        Target::CronJob(name) => make_job(client, namespace, name, published).await,
+        Target::BuildConfig(name) => instantiate(client, namespace, name, composed.0).await,
+        Target::CronJob(name) => make_job(client, namespace, name, composed).await,
     };
     let started = started.with_context(|| format!("starting {target} in {namespace}"))?;
     tracing::info!("started {started} in {namespace}");
@@ -133,32 +138,40 @@ async fn instantiate(client: &Client, namespace: &str, name: &str, published: &P
     Ok(Watched { resource: builds(), name: build.to_owned(), pods, before: false })
 }
 
-/// A Job of the CronJob's template. Its name ends in the artifact's digest, so that a second
-/// try makes no second Job.
-async fn make_job(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Watched> {
+/// A Job of the CronJob's template. Its name ends in a digest of the artifact's and of who
+/// composed it: a second try by the same compose Job makes no second one, and every other compose
+/// Job aggregates again, which is cheap where nothing is new, and sets the mirror right.
+async fn make_job(client: &Client, namespace: &str, name: &str, composed: Composed<'_>) -> Result<Watched> {
     let cron_jobs: Api<CronJob> = Api::namespaced(client.clone(), namespace);
     let template = patiently(async || cron_jobs.get(name).await).await.map_err(told)?;
-    let job = job_of(&template, name, published)?;
+    let job = job_of(&template, name, composed)?;
     let job_name = job.name_any();
     let api: Api<Job> = Api::namespaced(client.clone(), namespace);
-    let parameters = PostParams::default();
-    let before = match patiently(async || api.create(&parameters, &job).await).await {
+    let (parameters, tries) = (PostParams::default(), Cell::new(0));
+    let made = patiently(async || {
+        tries.update(|tries| tries + 1);
+        api.create(&parameters, &job).await
+    });
+    let before = match made.await {
         Ok(_) => false,
         Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
-            tracing::info!("{namespace} has the Job {job_name} already, for the same artifact");
-            true
+            tracing::info!("{namespace} has the Job {job_name} already, for the same artifact and compose Job");
+            // After the first try it is most likely ours: an answer got lost.
+            tries.get() == 1
         }
         Err(error) => return Err(told(error)),
     };
     Ok(Watched { before, ..Watched::job(job_name) })
 }
 
-fn job_of(cron_job: &CronJob, name: &str, published: &Published) -> Result<Job> {
+fn job_of(cron_job: &CronJob, name: &str, (published, by): Composed<'_>) -> Result<Job> {
     let Some(template) = cron_job.spec.as_ref().map(|spec| spec.job_template.clone()) else {
         reject!("the CronJob {name} has no spec");
     };
-    let digest = published.manifest_digest.trim_start_matches("sha256:");
-    let end = &digest[..DIGITS.min(digest.len())];
+    // Nobody's: a Job for each run.
+    let by = by.map_or_else(super::suffix, str::to_owned);
+    let digest = Digest::of(format!("{} {by}", published.manifest_digest).as_bytes()).hex();
+    let end = &digest[..DIGITS];
     let start = &name[..name.len().min(63 - 1 - DIGITS)];
     let metadata = template.metadata.unwrap_or_default();
     let mut annotations = metadata.annotations.unwrap_or_default();

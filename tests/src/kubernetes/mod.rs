@@ -107,6 +107,15 @@ impl Kubernetes {
         self.shared.changed.notify_all();
     }
 
+    /// The same, but the history is forgotten at once (410): watches must list again to see it.
+    pub fn put_unwatched(&self, object: Value) {
+        let mut store = self.shared.lock();
+        store.put(object);
+        store.forgotten = store.version();
+        drop(store);
+        self.shared.changed.notify_all();
+    }
+
     /// Stores all objects of these files, as an administrator would.
     pub fn put_files<'a>(&self, files: impl IntoIterator<Item = &'a Path>) {
         for file in files {

@@ -352,7 +352,15 @@ fn watch(connection: &mut Connection, shared: &Shared, selector: &Selector, mut 
     store.watches += 1;
     let number = store.watches;
     let mut sent = 0;
+    // As if the history were forgotten.
+    let gone = json!({"type": "ERROR", "object": {"kind": "Status", "apiVersion": "v1", "status": "Failure",
+        "message": "too old resource version", "reason": "Expired", "code": 410, "metadata": {}}});
     loop {
+        if version < store.forgotten {
+            drop(store);
+            chunk(connection, format!("{gone}\n").as_bytes())?;
+            return Err(io::Error::other("forgotten"));
+        }
         let news: Vec<_> = store
             .history
             .iter()
@@ -364,9 +372,7 @@ fn watch(connection: &mut Connection, shared: &Shared, selector: &Selector, mut 
         drop(broken(store, silences)?);
         for event in news {
             if shaking && sent > 0 {
-                // In the middle of an event, or as if the history were forgotten.
-                let gone = json!({"type": "ERROR", "object": {"kind": "Status", "apiVersion": "v1", "status": "Failure",
-                    "message": "too old resource version", "reason": "Expired", "code": 410, "metadata": {}}});
+                // In the middle of an event, or after it.
                 match number % 2 {
                     0 => chunk(connection, &event.as_bytes()[..event.len() / 2])?,
                     _ => chunk(connection, format!("{gone}\n").as_bytes())?,

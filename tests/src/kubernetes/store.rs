@@ -39,6 +39,8 @@ pub struct Store {
     pub clock: Duration,
     /// Whether watches are to fail.
     pub shaking: bool,
+    /// What happened up to this version is not told to watches any more.
+    pub forgotten: u64,
     /// How many watches began since.
     pub watches: usize,
     /// Logs are cut after so many lines, so many times.
@@ -65,6 +67,7 @@ impl Store {
             // Late in a second, so that a time that is rounded up loses lines.
             clock: Duration::new(now.as_secs(), 700_000_000),
             shaking: false,
+            forgotten: 0,
             watches: 0,
             cuts: (0, 0),
             refused: Vec::new(),

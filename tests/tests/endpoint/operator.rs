@@ -139,3 +139,16 @@ fn a_store_has_one_endpoint_and_a_known_kind() {
     );
     assert!(other.join("artifacts").is_dir());
 }
+
+/// The manifests say `[::]`.
+#[test]
+fn a_machine_without_ipv6_is_served_on_ipv4() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = builder();
+    command.arg("endpoint").arg("--store").arg(dir.path().join("store"));
+    command.env("OSCONTAINER_TOKEN_FILE", dir.path().join("token"));
+    fs::write(dir.path().join("token"), "a-long-and-secret-token-4711\n").unwrap();
+    let server = Server::start_on("[::]", &mut e2e::ipv4::only(dir.path(), &command));
+    let mut curl = tool("curl");
+    assert_eq!(ok(curl.args(["-sSf", &format!("{}/healthz", server.url())])).code, 0);
+}

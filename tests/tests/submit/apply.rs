@@ -112,6 +112,26 @@ fn kubectl_applies_the_manifests_again_and_again() {
     assert!(!container["args"].as_array().unwrap().contains(&json!("--keep=10")));
     let fourth = apply(&["-l", "app.kubernetes.io/name!=compose"]);
     assert!(fourth.lines().all(|line| line.ends_with(" unchanged") && !line.starts_with("job.")), "{fourth}");
+
+    // The mirror as an aggregation leaves it: the documented command leaves it so, and a plain one does not.
+    let mut mirror = cluster.one("Deployment", OTHER, "mirror");
+    mirror["spec"]["replicas"] = 2.into();
+    mirror["spec"]["template"]["spec"]["containers"][0]["image"] = format!("registry.example/host@{DIGEST}").into();
+    cluster.put(mirror);
+    let rolled_out = cluster.one("Deployment", OTHER, "mirror");
+    let text = fs::read_to_string(source_dir().join("manifests/60-mirror.yaml")).unwrap();
+    assert!(text.contains("kubectl apply -f manifests/ -l 'app.kubernetes.io/name notin (mirror)'"));
+    edit(&dir.path().join("manifests/40-endpoint.yaml"), "memory: 256Mi", "memory: 300Mi");
+    let fifth = apply(&["-l", "app.kubernetes.io/name notin (mirror)"]);
+    assert!(fifth.contains("deployment.apps/endpoint configured") && !fifth.contains("apps/mirror"), "{fifth}");
+    assert_eq!(cluster.one("Deployment", OTHER, "mirror"), rolled_out);
+    // As variants of the endpoint need it.
+    edit(&dir.path().join("manifests/40-endpoint.yaml"), "memory: 300Mi", "memory: 400Mi");
+    let sixth = apply(&["-l", "app.kubernetes.io/name notin (mirror,endpoint)"]);
+    assert!(sixth.lines().all(|line| line.ends_with(" unchanged")), "{sixth}");
+    assert_eq!(cluster.one("Deployment", OTHER, "mirror"), rolled_out);
+    apply(&[]);
+    assert_eq!(cluster.one("Deployment", OTHER, "mirror")["spec"]["replicas"], 0);
     assert!(cluster.refused().iter().all(|why| why.contains(" 404 ")), "{:?}", cluster.refused());
 }
 

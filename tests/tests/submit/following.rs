@@ -4,12 +4,12 @@ use std::fs;
 use std::io::Write;
 use std::process::Stdio;
 
-use e2e::kubernetes::{ADMIN, COMPOSE};
+use e2e::kubernetes::{ADMIN, COMPOSE, OTHER};
 use e2e::{Done, comes_true, ok, tool};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{Setting, TOKEN, published, text};
+use crate::{Setting, TOKEN, aggregation, published, text};
 
 #[test]
 fn an_interruption_leaves_nothing_or_all() {
@@ -27,6 +27,27 @@ fn an_interruption_leaves_nothing_or_all() {
         let maps = setting.cluster.list("ConfigMap", COMPOSE).len() - 1;
         assert_eq!((left, maps), if keep { ([1, 1], 1) } else { ([0, 0], 0) }, "{done:?}");
     }
+}
+
+/// Such as one that the template's own trigger made.
+#[test]
+fn an_interruption_leaves_the_aggregation_that_was_there_before() {
+    let setting = Setting::new();
+    let (submit, job) = setting.submitting(&["--aggregate", "job"]);
+    let pod = setting.running(&job, "compose");
+    let mut before = setting.cluster.one("CronJob", OTHER, "aggregate")["spec"]["jobTemplate"].clone();
+    before["apiVersion"] = "batch/v1".into();
+    before["kind"] = "Job".into();
+    before["metadata"] = json!({"name": aggregation(&job), "namespace": OTHER});
+    setting.cluster.put(before);
+    setting.end(&job, &pod, "compose", 0, &published());
+    submit.says("already, for the same artifact");
+    submit.says("started Job aggregate-");
+    submit.signal(Signal::INT);
+    let done = submit.done();
+    assert!(done.code == 1 && done.stderr.contains("interrupted"), "{done:?}");
+    setting.cluster.one("Job", OTHER, "aggregate-");
+    assert!(setting.cluster.list("Job", COMPOSE).is_empty(), "{done:?}");
 }
 
 #[test]

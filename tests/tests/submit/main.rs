@@ -3,7 +3,9 @@
 //! would do, the tests do.
 
 mod apply;
+mod builds;
 mod following;
+mod proxies;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,6 +14,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use e2e::kubernetes::{COMPOSE, Kubernetes, OTHER};
 use e2e::{Done, builder, comes_true, fails, manifests, ok, source_dir};
+use oscontainer_artifact::digest::Digest;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -138,6 +141,12 @@ impl Running {
     }
 }
 
+/// The name of the aggregation Job that this compose Job starts.
+fn aggregation(compose: &Value) -> String {
+    let by = text(&compose["metadata"]["uid"]);
+    format!("aggregate-{}", &Digest::of(format!("{DIGEST} {by}").as_bytes()).hex()[..10])
+}
+
 fn published() -> Value {
     json!({"manifestUrl": "http://endpoint.oscontainer.svc:8080/v1/artifacts/host/1/manifest.json",
         "manifestDigest": DIGEST, "commit": "c".repeat(64), "ref": "my/host", "version": "1", "changed": true})
@@ -172,7 +181,8 @@ fn from_the_treefile_to_the_image_through_all_troubles() {
     assert!(arguments.iter().all(|argument| !text(argument).starts_with("--trigger")), "{arguments:?}");
 
     // What was once told of a Job of the name that the aggregation will have.
-    let before = json!({"metadata": {"name": "aggregate-0011223344", "namespace": OTHER, "uid": "another"}});
+    let aggregation = aggregation(&job);
+    let before = json!({"metadata": {"name": aggregation, "namespace": OTHER, "uid": "another"}});
     cluster.warn(&before, "FailedCreate", "Error creating: ValidatingAdmissionPolicy 'x' denied request");
 
     // The image comes late, the first Pod is evicted, its logs break off.
@@ -201,7 +211,7 @@ fn from_the_treefile_to_the_image_through_all_troubles() {
     setting.end(&job, &second, "compose", 0, &published());
 
     // The aggregation: a Job of the CronJob's template, told the artifact.
-    let job = cluster.wait("Job", OTHER, "aggregate-0011223344");
+    let job = cluster.wait("Job", OTHER, &aggregation);
     assert_eq!(job["metadata"]["ownerReferences"][0]["kind"], "CronJob");
     for container in job["spec"]["template"]["spec"]["initContainers"].as_array().unwrap() {
         let env = container["env"].as_array().unwrap();
@@ -245,23 +255,65 @@ fn the_jobs_own_error_is_the_answer() {
     setting.cluster.one("Job", COMPOSE, "compose-");
 }
 
+/// Also of the same artifact: that heals a mirror that was set back.
 #[test]
-fn an_aggregation_that_failed_before_says_so() {
+fn every_compose_job_aggregates() {
     let setting = Setting::new();
-    for again in [false, true] {
+    let mut names = Vec::new();
+    for code in [1, 0] {
         let (submit, job) = setting.submitting(&["--aggregate", "job"]);
         let pod = setting.running(&job, "compose");
         setting.end(&job, &pod, "compose", 0, &published());
-        let job = setting.cluster.wait("Job", OTHER, "aggregate-0011223344");
-        if !again {
-            let pod = setting.running(&job, "rollout");
-            setting.end(&job, &pod, "rollout", 1, &json!({"error": "the registry answered 401", "exitCode": 1}));
-        }
+        let (compose, job) = (job.clone(), setting.cluster.wait("Job", OTHER, &aggregation(&job)));
+        let pod = setting.running(&job, "rollout");
+        let message = match code {
+            0 => json!({"image": "docker://registry.example/host", "digest": DIGEST}),
+            _ => json!({"error": "the registry answered 401", "exitCode": 1}),
+        };
+        setting.end(&job, &pod, "rollout", code, &message);
         let done = submit.done();
-        assert!(done.code == 1 && done.stderr.contains("the registry answered 401"), "{done:?}");
-        assert_eq!(done.stderr.contains("it was there before"), again, "{done:?}");
+        assert!(done.code == code && (code == 0 || done.stderr.contains("the registry answered 401")), "{done:?}");
+        names.push(text(&job["metadata"]["name"]).to_owned());
         // The next one has the only Job of that name.
-        setting.cluster.list("Job", COMPOSE).iter().for_each(|job| setting.cluster.remove(job));
+        setting.cluster.remove(&compose);
+    }
+    assert_ne!(names[0], names[1]);
+}
+
+/// `fetch` writes no JSON; its log's end is the message, by `FallbackToLogsOnError`.
+#[test]
+fn an_init_containers_exit_code_is_the_answer_too() {
+    let setting = Setting::new();
+    let cases = [
+        ("2026 INFO fetching\n2026 ERROR digest mismatch\n", 3, "ERROR digest mismatch"),
+        ("2026 ERROR the connection broke\n", 1, "ERROR the connection broke"),
+        ("error: unexpected argument '--x' found\n\nUsage: fetch\n", 2, "'--x' found; Usage: fetch"),
+        ("", 3, "it left no termination message"),
+        ("", 137, "it left no termination message"),
+    ];
+    for (said, code, shown) in cases {
+        let (submit, job) = setting.submitting(&["--aggregate", "job"]);
+        let pod = setting.running(&job, "compose");
+        setting.end(&job, &pod, "compose", 0, &published());
+        let compose = job.clone();
+        let job = setting.cluster.wait("Job", OTHER, &aggregation(&job));
+        let (name, pod) = (text(&job["metadata"]["name"]), setting.cluster.make_pod(&job));
+        let status = |name: &str, state: Value| {
+            json!({"name": name, "image": "", "imageID": "", "ready": false,
+            "restartCount": 0, "state": state})
+        };
+        let waiting = json!({"waiting": {"reason": "PodInitializing"}});
+        let terminated = json!({"terminated": {"exitCode": code, "reason": "Error", "message": said}});
+        let status = json!({"phase": "Failed", "initContainerStatuses": [
+            status("fetch", terminated), status("image", waiting.clone())],
+            "containerStatuses": [status("rollout", waiting)]});
+        setting.cluster.set_status("Pod", OTHER, &pod, status);
+        let failed = json!({"type": "Failed", "status": "True", "reason": "PodFailurePolicy", "message": "a rule"});
+        setting.cluster.set_status("Job", OTHER, name, json!({"conditions": [failed]}));
+        let done = submit.done();
+        assert_eq!(done.code, if code > 3 { 1 } else { code }, "{done:?}");
+        assert!(done.stderr.lines().last().unwrap().contains(shown), "{shown}: {}", done.stderr);
+        setting.cluster.remove(&compose);
     }
 }
 
@@ -274,6 +326,7 @@ fn what_cannot_start_is_told_and_removed() {
     assert!(why.contains("denied request") && why.contains("not registry.example/other:1"), "{why}");
     let done = submit.done();
     assert!(done.code == 3 && done.stderr.contains(&why), "{done:?}");
+    assert!(done.stderr.contains("--template manifests/80-compose.yaml"), "{done:?}");
     assert!(setting.cluster.list("Job", COMPOSE).is_empty() && setting.cluster.list("ConfigMap", COMPOSE).len() == 1);
 
     // No node, or no quota, may pass: after a while.
@@ -281,6 +334,7 @@ fn what_cannot_start_is_told_and_removed() {
         let options = ["--start-timeout", "2", "--keep"];
         let (submit, job) = setting.submitting(&options[..if keep { 3 } else { 2 }]);
         setting.cluster.warn(&job, "FailedCreate", "exceeded quota: compute, requested: limits.cpu=8");
+        setting.cluster.warn(&job, "FailedToRetrieveImagePullSecret", "some image pull secrets (registry)");
         let pod = setting.cluster.make_pod(&job);
         let condition = json!({"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
             "message": "0/3 nodes are available: 3 Insufficient memory."});
@@ -288,51 +342,10 @@ fn what_cannot_start_is_told_and_removed() {
         setting.cluster.set_status("Pod", COMPOSE, &pod, status);
         let done = submit.done();
         assert!(done.code == 1 && done.stderr.contains("3 Insufficient memory"), "{done:?}");
-        assert!(done.stderr.contains("exceeded quota"), "{done:?}");
+        assert!(done.stderr.contains("exceeded quota") && !done.stderr.contains("pull secrets"), "{done:?}");
         assert_eq!(setting.cluster.list("Job", COMPOSE).len(), usize::from(keep));
         assert_eq!(setting.cluster.list("Pod", COMPOSE).len(), usize::from(keep));
     }
-}
-
-#[test]
-fn a_build_on_openshift_is_followed() {
-    let setting = Setting::new();
-    let cluster = &setting.cluster;
-    let openshift = source_dir().join("manifests/openshift");
-    cluster.put_files([openshift.join("00-rights.yaml").as_path(), &openshift.join("40-build.yaml")]);
-    cluster.put(json!({
-        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
-        "metadata": {"name": "jane-builds", "namespace": OTHER},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "submit-build"},
-        "subjects": [{"kind": "User", "name": "jane", "apiGroup": "rbac.authorization.k8s.io"}],
-    }));
-    let (submit, job) = setting.submitting(&["--aggregate", "buildconfig/oscontainer"]);
-    let pod = setting.running(&job, "compose");
-    setting.end(&job, &pod, "compose", 0, &published());
-    let build = cluster.wait("Build", OTHER, "oscontainer-");
-    let arguments = json!([{"name": "ARTIFACT_URL", "value": published()["manifestUrl"]},
-        {"name": "ARTIFACT_DIGEST", "value": DIGEST}]);
-    assert_eq!(build["spec"]["strategy"]["dockerStrategy"]["buildArgs"], arguments);
-    let name = text(&build["metadata"]["name"]);
-    cluster.put(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": format!("{name}-build"),
-        "namespace": OTHER, "labels": {"openshift.io/build.name": name}}, "status": {"phase": "Pending"}}));
-    let pod = format!("{name}-build");
-    cluster.set_container(OTHER, &pod, "Running", "docker-build", json!({"running": {}}));
-    cluster.log(&pod, "docker-build", "STEP 1/7");
-    let digest = format!("sha256:{}", "e".repeat(64));
-    cluster.set_container(OTHER, &pod, "Succeeded", "docker-build", json!({"terminated": {"exitCode": 0}}));
-    cluster.set_status(
-        "Build",
-        OTHER,
-        name,
-        json!({"phase": "Complete", "output": {"to": {"imageDigest": digest}},
-        "outputDockerImageReference": "registry.example/oscontainer:host"}),
-    );
-    let done = submit.done();
-    assert_eq!(done.code, 0, "{done:?}");
-    assert_eq!(done.json()["digest"], digest.as_str());
-    assert!(done.stderr.contains("STEP 1/7"), "{done:?}");
-    assert!(cluster.refused().iter().all(|why| why.contains("/log")), "{:?}", cluster.refused());
 }
 
 #[test]
