@@ -398,27 +398,31 @@ struct Writing {
 
 /// A flush that may be under way; nothing of it goes on once it is dropped.
 #[derive(Default)]
-struct Flush(Option<JoinHandle<io::Result<()>>>);
+struct Flush(Option<JoinHandle<(File, io::Result<()>)>>);
 
 impl Flush {
     fn start(&mut self, file: File) {
-        self.0 = Some(std::thread::spawn(move || or_emptied(&file, file.sync_data())));
+        self.0 = Some(std::thread::spawn(move || {
+            let synced = file.sync_data();
+            (file, synced)
+        }));
     }
 
     fn is_under_way(&self) -> bool {
         self.0.as_ref().is_some_and(|flush| !flush.is_finished())
     }
 
-    /// Waits for its end.
+    /// Waits for its end. Where it failed, nothing more may be written.
     fn end(&mut self) -> io::Result<()> {
-        let ended = self.0.take().map(JoinHandle::join);
-        ended.unwrap_or(Ok(Ok(()))).unwrap_or_else(|_| Err(io::Error::other("the thread that flushes ended")))
+        let Some(flush) = self.0.take() else { return Ok(()) };
+        let (file, synced) = flush.join().map_err(|_| io::Error::other("the thread that flushes ended"))?;
+        or_emptied(&file, synced)
     }
 }
 
 impl Drop for Flush {
     fn drop(&mut self) {
-        // Who failed has emptied the file.
+        // What could be told to nobody any more is dealt with: the file is empty then.
         let _ = self.end();
     }
 }
