@@ -80,15 +80,15 @@ pub fn verify<R: Read>(fetched: Fetched<R>, store: &impl Objects, progress: impl
         for _ in 0..workers {
             scope.spawn(|| pool.work());
         }
-        let read = read_tarball(&mut counted, &manifest, &jobs);
+        let read = read_tarball(&mut counted, &manifest, &pool, &jobs);
         drop(jobs);
         read
     });
-    // Objects that end early because reading failed fail too, but that is not the reason.
-    read?;
+    // It was about what came before the place where reading failed.
     if let Some(error) = pool.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
     }
+    read?;
     let digest = counted.finish()?;
     if digest != manifest.tarball.digest {
         reject!("the tarball's digest is {digest}, the manifest says {}", manifest.tarball.digest);
@@ -102,6 +102,7 @@ pub fn verify<R: Read>(fetched: Fetched<R>, store: &impl Objects, progress: impl
 /// One object on its way to a worker.
 struct Job {
     name: ObjectName,
+    size: u64,
     chunks: Receiver<Vec<u8>>,
 }
 
@@ -119,12 +120,12 @@ impl<S: Objects> Pool<'_, S> {
             let job = self.queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(job) = job else { return };
             let name = job.name;
-            let failed = self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-            if failed {
+            if self.failed() {
                 continue;
             }
             match self.check(job).with_context(|| format!("verifying object {name}")) {
-                Ok(links) => self.results.lock().unwrap_or_else(PoisonError::into_inner).push((name, links)),
+                Ok(Some(links)) => self.results.lock().unwrap_or_else(PoisonError::into_inner).push((name, links)),
+                Ok(None) => {}
                 Err(error) => {
                     self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                 }
@@ -132,34 +133,46 @@ impl<S: Objects> Pool<'_, S> {
         }
     }
 
-    fn check(&self, job: Job) -> Result<Links> {
+    /// Whether nothing more needs to be read.
+    fn failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// What an object refers to; nothing where reading ended in the middle of it, which has a reason of its own.
+    fn check(&self, job: Job) -> Result<Option<Links>> {
         let mut check = object::Check::new(job.name);
         let mut file = self.store.create(&job.name)?;
+        let mut left = job.size;
         for chunk in job.chunks {
+            left -= chunk.len() as u64;
             check.update(&chunk)?;
             if let Some(file) = &mut file {
                 file.write_all(&chunk).context("writing it")?;
             }
         }
-        Ok(check.finish()?)
+        if left > 0 { Ok(None) } else { Ok(Some(check.finish()?)) }
     }
 }
 
-/// Hands each object to the workers, and stops when one that failed no longer
-/// takes them.
-fn read_tarball(input: &mut impl Read, manifest: &Manifest, jobs: &SyncSender<Job>) -> Result<()> {
+/// Hands each object to the workers, and stops when one has failed.
+fn read_tarball<S: Objects>(
+    input: &mut impl Read,
+    manifest: &Manifest,
+    pool: &Pool<S>,
+    jobs: &SyncSender<Job>,
+) -> Result<()> {
     let mut reader = tarball::Reader::new(input, manifest);
     while let Some(entry) = reader.next()? {
         let (chunks, receiver) = sync_channel(WAITING);
         let mut left = entry.size;
-        let mut job = Some(Job { name: entry.name, chunks: receiver });
+        let mut job = Some(Job { name: entry.name, size: entry.size, chunks: receiver });
         loop {
             let length = left.min(CHUNK as u64) as usize;
             let mut chunk = vec![0; length];
             reader.read_content(&mut chunk)?;
             left -= length as u64;
             let taken = chunks.send(chunk).is_ok() && job.take().is_none_or(|job| jobs.send(job).is_ok());
-            if !taken {
+            if !taken || pool.failed() {
                 return Ok(());
             }
             if left == 0 {

@@ -84,6 +84,9 @@ pub struct Packed {
     pub digest: Digest,
     /// Bytes of the tarball.
     pub size: u64,
+    /// Its digest.
+    #[serde(skip)]
+    pub tarball: Digest,
 }
 
 /// Runs `pack`.
@@ -163,7 +166,7 @@ pub fn pack(repo: &Path, ref_name: &str, naming: &Naming, output: &Path) -> Resu
         fs::rename(from, output.join(to)).with_context(|| format!("writing {to} to {}", output.display()))?;
     }
     staging::sync_dir(output)?;
-    Ok(Packed { manifest: output.join(manifest::FILE), digest: Digest::of(&bytes), size })
+    Ok(Packed { manifest: output.join(manifest::FILE), digest: Digest::of(&bytes), size, tarball: digest })
 }
 
 /// The packages as [`PACKAGES`] has them.

@@ -12,11 +12,11 @@ use oscontainer_artifact::digest::Hasher;
 use oscontainer_artifact::manifest::{FILE, MAX_SIZE, Manifest};
 use oscontainer_artifact::object::ObjectName;
 use oscontainer_artifact::protocol::Name;
-use oscontainer_program::client::{ClientOptions, success};
+use oscontainer_program::client::{Client, ClientOptions, success};
 use oscontainer_program::progress::Progress;
 use oscontainer_program::retry::Retry;
 use oscontainer_program::{reject, stop};
-use reqwest::{Client, Response, StatusCode, Url};
+use reqwest::{Response, StatusCode, Url};
 use tar::{Archive, EntryType};
 
 use crate::compose::commit;
@@ -59,6 +59,7 @@ async fn download(
     let client = options.client(endpoint)?;
     let mut retry = Retry::new(&options.retry);
     let latest = format!("{}/v1/artifacts/{name}/latest/{FILE}", endpoint.as_str().trim_end_matches('/'));
+    let latest = Url::parse(&latest).with_context(|| format!("reading the URL {latest}"))?;
     let found = retry.run("asking for the newest artifact", async || manifest(&client, &latest).await).await?;
     let Some((manifest, url)) = found else {
         tracing::info!("the endpoint has no artifact {name} yet: there is no commit before this one");
@@ -78,8 +79,8 @@ async fn download(
 }
 
 /// The manifest at `url`, with the URL that this led to; `None` where there is none.
-async fn manifest(client: &Client, url: &str) -> Result<Option<(Manifest, Url)>> {
-    let response = client.get(url).send().await.with_context(|| format!("asking {url}"))?;
+async fn manifest(client: &Client, url: &Url) -> Result<Option<(Manifest, Url)>> {
+    let response = client.get(url)?.send().await.with_context(|| format!("asking {url}"))?;
     if response.status() == StatusCode::NOT_FOUND {
         return Ok(None);
     }
@@ -98,7 +99,7 @@ async fn manifest(client: &Client, url: &str) -> Result<Option<(Manifest, Url)>>
 
 async fn fetch(client: &Client, url: &Url, manifest: &Manifest, tarball: &Path) -> Result<()> {
     let expected = &manifest.tarball;
-    let mut response = success(client.get(url.clone()).send().await.with_context(|| format!("asking {url}"))?).await?;
+    let mut response = success(client.get(url)?.send().await.with_context(|| format!("asking {url}"))?).await?;
     let progress = Progress::bytes("downloading the newest artifact", Some(expected.size));
     let mut file = File::create(tarball).with_context(|| format!("writing {}", tarball.display()))?;
     let (mut hasher, mut size) = (Hasher::new(), 0);

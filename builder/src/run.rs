@@ -114,9 +114,9 @@ fn run(args: &RunArgs, reporter: &mut Reporter) -> Result<Success> {
     }
     let artifact = staging.path().join("artifact");
     reporter.stage("Packing", &format!("packing {} as {}", commit.ref_name, commit.commit));
-    pack::pack(&repo, &commit.ref_name, &args.naming, &artifact)?;
+    let packed = pack::pack(&repo, &commit.ref_name, &args.naming, &artifact)?;
     reporter.stage("Publishing", &format!("publishing to {}", args.endpoint));
-    let published = publish::publish(&artifact, &args.endpoint, &args.client)?;
+    let published = publish::publish(&artifact, Some(&packed), &args.endpoint, &args.client)?;
     // A try before this one may have published and gone no further.
     if let Some(started) = args.trigger.start(&published, args.events.job_uid()).context("the artifact is published")? {
         reporter.done("Triggered", &format!("started {started} for {}", published.manifest_digest));

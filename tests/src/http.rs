@@ -2,7 +2,7 @@
 //! than there is, or know no ranges. It notes what it was asked.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -30,6 +30,10 @@ pub enum Answer {
     Status(u16),
     /// 503 with `Retry-After`.
     Busy(&'static str),
+    /// The given status and these header lines, each with its end.
+    Head(u16, &'static str),
+    /// The given status and a body without end.
+    Endless(u16),
 }
 
 /// What a client asked for.
@@ -118,6 +122,8 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     loop {
         let Some((request, headers)) = request_head(&mut reader)? else { return Ok(()) };
         let target = request.split(' ').nth(1).unwrap_or("/").to_owned();
+        let length = headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+        std::io::copy(&mut reader.by_ref().take(length), &mut std::io::sink())?;
         let answer = {
             let mut state = state.lock().expect("no test panics with it");
             state.seen.push(Seen { target: target.clone(), headers: headers.clone() });
@@ -173,6 +179,13 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                 stream.write_all(head(307, 0, &format!("Location: {to}\r\n")).as_bytes())?;
             }
             Answer::Status(status) => stream.write_all(head(status, 0, "").as_bytes())?,
+            Answer::Head(status, lines) => stream.write_all(head(status, 0, lines).as_bytes())?,
+            Answer::Endless(status) => {
+                stream.write_all(format!("HTTP/1.1 {status} x\r\nConnection: close\r\n\r\n").as_bytes())?;
+                loop {
+                    stream.write_all(&[b'x'; 64 << 10])?;
+                }
+            }
             Answer::Busy(after) => {
                 stream.write_all(head(503, 0, &format!("Retry-After: {after}\r\n")).as_bytes())?;
             }

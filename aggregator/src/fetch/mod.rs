@@ -5,6 +5,7 @@ mod download;
 mod partial;
 mod piece;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
@@ -14,13 +15,13 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::Args;
 use oscontainer_artifact::digest::{Checksum, Digest};
 use oscontainer_artifact::manifest::{self, Manifest};
-use oscontainer_program::client::{self, ClientOptions};
+use oscontainer_program::client::{self, Client, ClientOptions};
 use oscontainer_program::exit::{self, Usage};
 use oscontainer_program::options::Global;
 use oscontainer_program::progress::Progress;
 use oscontainer_program::reject;
 use oscontainer_program::retry::Retry;
-use reqwest::{Client, Url};
+use reqwest::Url;
 use serde::Serialize;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -127,14 +128,18 @@ fn attempt(args: &FetchArgs, runtime: &Runtime, stop: &CancellationToken) -> Res
     let staging = Staging::for_output(&args.output)?;
     let tarball = fetched.manifest.tarball.clone();
     let progress = Progress::bytes("downloading and verifying", Some(tarball.size));
-    let fetched = Fetched { manifest: fetched.manifest, tarball: Stoppable { inner: fetched.tarball, stop } };
+    let failed = Cell::new(false);
+    let fetched =
+        Fetched { manifest: fetched.manifest, tarball: Source { inner: fetched.tarball, stop, failed: &failed } };
     let verified = verify::verify(fetched, &staging, |bytes| progress.add(bytes))
         .with_context(|| format!("fetching {}", args.manifest_url));
     match verified {
         Ok(verified) => Ok(Attempt::Verified(Box::new((staging, verified)))),
         Err(error) => {
+            // A server that gives no more of it says nothing about what is here.
             if let Some(dir) = &args.resume_dir
                 && exit::code(&error) == exit::REJECTED
+                && !failed.get()
             {
                 Partial::remove(dir, &tarball)?;
                 if found > 0 {
@@ -165,17 +170,19 @@ fn stop_on_signals(runtime: &Runtime) -> Result<CancellationToken> {
 }
 
 /// A reader that ends with an error once it is to stop.
-struct Stoppable<'a, R> {
+struct Source<'a, R> {
     inner: R,
     stop: &'a CancellationToken,
+    /// Set when it cannot be read to its end.
+    failed: &'a Cell<bool>,
 }
 
-impl<R: Read> Read for Stoppable<'_, R> {
+impl<R: Read> Read for Source<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.stop.is_cancelled() {
             return Err(io::Error::other("stopped by a signal"));
         }
-        self.inner.read(buffer)
+        self.inner.read(buffer).inspect_err(|_| self.failed.set(true))
     }
 }
 
@@ -224,7 +231,7 @@ fn local(url: &Url, expected: &Digest) -> Result<Fetched<Box<dyn Read>>> {
 /// The manifest, and the URL where it was found after redirects.
 async fn manifest(client: &Client, url: &Url, expected: &Digest) -> Result<(Manifest, Url)> {
     let downloading = || format!("downloading {url}");
-    let response = client.get(url.clone()).send().await.with_context(downloading)?;
+    let response = client.get(url)?.send().await.with_context(downloading)?;
     let mut response = client::success(response).await?;
     let found_at = response.url().clone();
     let mut bytes = Vec::new();

@@ -7,11 +7,11 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use headers::{ContentRange, HeaderMapExt};
-use oscontainer_program::client;
+use oscontainer_program::client::{self, Client};
 use oscontainer_program::reject;
 use oscontainer_program::retry::Retry;
 use reqwest::header::{ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE};
-use reqwest::{Client, Response, StatusCode, Url};
+use reqwest::{Response, StatusCode, Url};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio::task::JoinSet;
@@ -170,7 +170,7 @@ async fn next(origin: &Origin, span: Span, offset: u64, current: &mut Option<Res
 /// many is not to be had.
 async fn connect(origin: &Origin, span: Span, offset: u64) -> Result<Option<(Response, u64)>> {
     let Origin { client, url, size, etag } = origin;
-    let mut request = client.get(url.clone());
+    let mut request = client.get(url)?;
     if !span.alone {
         request = request.header(RANGE, format!("bytes={offset}-{}", span.end - 1));
     } else if offset > 0 {

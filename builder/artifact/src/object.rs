@@ -8,7 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use gvariant::aligned_bytes::copy_to_align;
-use gvariant::{Marker, Structure, gv};
+use gvariant::{Cast, Marker, NonFixedWidthArray, Structure, gv};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::Rejected;
@@ -169,11 +169,12 @@ impl Commit {
     /// Reads a commit object.
     ///
     /// # Errors
-    /// When a checksum in it has not 32 bytes.
+    /// When a checksum in it has not 32 bytes, or the elements of an array overlap.
     pub fn parse(bytes: &[u8]) -> Result<Self, Rejected> {
         let aligned = copy_to_align(bytes);
         let commit = gv!("(a{sv}aya(say)sstayay)").cast(aligned.as_ref());
         let (metadata, parent, _related, subject, _body, timestamp, tree, meta) = commit.to_tuple();
+        let metadata = elements(metadata).collect::<Result<Vec<_>, _>>()?;
         let text = |wanted: &str| {
             metadata.iter().find_map(|entry| {
                 let (key, value) = entry.to_tuple();
@@ -184,11 +185,11 @@ impl Commit {
             let (key, value) = entry.to_tuple();
             value.get(gv!("a(sssss)")).filter(|_| key.to_str() == "rpmostree.rpmdb.pkglist")
         });
-        let packages = list.into_iter().flatten().map(|entry| {
-            let (name, epoch, version, release, architecture) = entry.to_tuple();
+        let packages = list.into_iter().flat_map(elements).map(|entry| {
+            let (name, epoch, version, release, architecture) = entry?.to_tuple();
             let [name, epoch, version, release, architecture] =
                 [name, epoch, version, release, architecture].map(|text| text.to_str().to_owned());
-            Package { name, epoch, version, release, architecture }
+            Ok(Package { name, epoch, version, release, architecture })
         });
         let parent = if parent.is_empty() { None } else { Some(checksum(parent, "the parent")?) };
         Ok(Self {
@@ -199,7 +200,7 @@ impl Commit {
             meta: checksum(meta, "the root dirmeta")?,
             version: text("version"),
             input_hash: INPUT_HASHES.into_iter().find_map(text),
-            packages: packages.collect(),
+            packages: packages.collect::<Result<_, Rejected>>()?,
         })
     }
 }
@@ -227,15 +228,15 @@ impl Dirtree {
         let mut names: Vec<&str> = Vec::new();
         let mut file_entries = Vec::new();
         let mut directory_entries = Vec::new();
-        for entry in files {
-            let (name, content) = entry.to_tuple();
+        for entry in elements(files) {
+            let (name, content) = entry?.to_tuple();
             names.push(name.to_str());
             tree.files.push(checksum(content, "a file")?);
             file_entries.push((name.to_str(), content));
         }
         ascending(&names)?;
-        for entry in directories {
-            let (name, content, meta) = entry.to_tuple();
+        for entry in elements(directories) {
+            let (name, content, meta) = entry?.to_tuple();
             names.push(name.to_str());
             tree.directories.push((checksum(content, "a dirtree")?, checksum(meta, "a dirmeta")?));
             directory_entries.push((name.to_str(), content, meta));
@@ -253,12 +254,15 @@ impl Dirtree {
 /// Checks a dirmeta object, `(uuua(ayay))`: a directory's mode, normal form.
 ///
 /// # Errors
-/// When it is not so.
+/// When it is not so, or larger than a file's header may be.
 pub fn check_dirmeta(bytes: &[u8]) -> Result<(), Rejected> {
+    if bytes.len() > FileHeader::MAX_SIZE as usize {
+        return Err(Rejected::new(format!("it is larger than the limit of {} bytes", FileHeader::MAX_SIZE)));
+    }
     let aligned = copy_to_align(bytes);
     let (uid, gid, mode, xattrs) = gv!("(uuua(ayay))").cast(aligned.as_ref()).to_tuple();
-    let pairs = pairs(xattrs.iter().map(|pair| pair.to_tuple()));
-    if gv!("(uuua(ayay))").serialize_to_vec(&(*uid, *gid, *mode, &borrowed(&pairs)[..])) != bytes {
+    let pairs: Vec<_> = elements(xattrs).map(|pair| Ok(pair?.to_tuple())).collect::<Result<_, Rejected>>()?;
+    if gv!("(uuua(ayay))").serialize_to_vec(&(*uid, *gid, *mode, &pairs[..])) != bytes {
         return Err(Rejected::new("it is not in normal form"));
     }
     let mode = u32::from_be(*mode);
@@ -318,13 +322,17 @@ impl FileHeader {
     pub fn parse(bytes: &[u8]) -> Result<Self, Rejected> {
         let aligned = copy_to_align(bytes);
         let (size, uid, gid, mode, rdev, target, xattrs) = gv!("(tuuuusa(ayay))").cast(aligned.as_ref()).to_tuple();
+        let xattrs = elements(xattrs).map(|pair| {
+            let (name, value) = pair?.to_tuple();
+            Ok((name.to_vec(), value.to_vec()))
+        });
         let header = Self {
             size: u64::from_be(*size),
             uid: u32::from_be(*uid),
             gid: u32::from_be(*gid),
             mode: u32::from_be(*mode),
             target: target.to_str().to_owned(),
-            xattrs: pairs(xattrs.iter().map(|pair| pair.to_tuple())),
+            xattrs: xattrs.collect::<Result<_, Rejected>>()?,
         };
         if *rdev != 0 {
             return Err(Rejected::new("it has a device number"));
@@ -406,8 +414,18 @@ fn ascending(names: &[&str]) -> Result<(), Rejected> {
     }
 }
 
-fn pairs<'a>(xattrs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Vec<(Vec<u8>, Vec<u8>)> {
-    xattrs.map(|(name, value)| (name.to_vec(), value.to_vec())).collect()
+/// The elements of an array, none of which is empty in normal form, up to the one that cannot be there beside those
+/// before it: where framing offsets go back and forth, each second element may be nearly the whole array, and what
+/// is made of all of them be a thousand times as large.
+fn elements<T: Cast + ?Sized>(array: &NonFixedWidthArray<T>) -> impl Iterator<Item = Result<&T, Rejected>> {
+    let mut left = size_of_val(array);
+    array.iter().map(move |element| match left.checked_sub(size_of_val(element)) {
+        Some(rest) if rest < left => {
+            left = rest;
+            Ok(element)
+        }
+        _ => Err(Rejected::new("it is not in normal form: the elements of an array overlap or are empty")),
+    })
 }
 
 fn borrowed(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Vec<(&[u8], &[u8])> {

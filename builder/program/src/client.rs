@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use oscontainer_artifact::Rejected;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, RETRY_AFTER};
-use reqwest::{Certificate, Client, ClientBuilder, Identity, Response, StatusCode, Url, redirect};
+use reqwest::{Certificate, ClientBuilder, Identity, Method, RequestBuilder, Response, StatusCode, Url, redirect};
 
 use crate::retry::RetryOptions;
 use crate::tls;
@@ -17,8 +17,9 @@ use crate::tls;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many redirects are followed.
 const MAX_REDIRECTS: usize = 10;
-/// How much of an error response's body is shown, in bytes.
+/// How much of an error response's body is read and shown, in bytes, and how long that may take.
 const MAX_REASON: usize = 512;
+const REASON_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Options of every command that speaks to an artifact endpoint.
 #[derive(Debug, Clone, Args)]
@@ -46,12 +47,12 @@ pub struct ClientOptions {
 
 impl ClientOptions {
     /// A client for downloads from `url`. It speaks HTTP/1.1, for in HTTP/2 requests at the same
-    /// time share one connection. reqwest drops the token itself on a redirect to another host.
+    /// time share one connection.
     ///
     /// # Errors
     /// When a file cannot be read or is not what it should be.
     pub fn client(&self, url: &Url) -> Result<Client> {
-        self.builder(url)?.http1_only().read_timeout(self.stall_timeout()).build().context("setting up the HTTP client")
+        self.build(url, |builder| builder.http1_only().read_timeout(self.stall_timeout()))
     }
 
     /// A client for uploads to `url`: without the stall timeout, for reqwest counts
@@ -61,14 +62,11 @@ impl ClientOptions {
     /// # Errors
     /// As for [`ClientOptions::client`].
     pub fn upload_client(&self, url: &Url) -> Result<Client> {
-        self.builder(url)?.build().context("setting up the HTTP client")
+        self.build(url, |builder| builder)
     }
 
     /// The `Authorization` of a request, from the file as it is now.
-    ///
-    /// # Errors
-    /// When the file cannot be read or holds no token.
-    pub fn authorization(&self) -> Result<Option<HeaderValue>> {
+    fn authorization(&self) -> Result<Option<HeaderValue>> {
         let Some(file) = &self.token_file else { return Ok(None) };
         let token =
             std::fs::read_to_string(file).with_context(|| format!("reading --token-file {}", file.display()))?;
@@ -83,9 +81,24 @@ impl ClientOptions {
         Duration::from_secs(self.stall_timeout)
     }
 
-    fn builder(&self, url: &Url) -> Result<ClientBuilder> {
+    fn build(&self, url: &Url, limit: impl Fn(ClientBuilder) -> ClientBuilder) -> Result<Client> {
         tls::install_provider();
-        let mut builder = Client::builder()
+        // A file that is not there is not worth a retry.
+        self.authorization()?;
+        let build = |builder: ClientBuilder| limit(builder).build().context("setting up the HTTP client");
+        let http = match &self.ca_file {
+            Some(file) => build(self.builder()?.tls_certs_only(authorities("--ca-file", file)?))?,
+            // A scratch image has no system certificates, and plain HTTP needs none.
+            None if url.scheme() == "http" => {
+                build(self.builder()?).or_else(|_| build(self.builder()?.tls_certs_only([])))?
+            }
+            None => build(self.builder()?)?,
+        };
+        Ok(Client { http, options: self.clone(), home: url.clone() })
+    }
+
+    fn builder(&self) -> Result<ClientBuilder> {
+        let mut builder = reqwest::Client::builder()
             .user_agent(concat!("oscontainer/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
             .redirect(redirect::Policy::custom(|attempt| {
@@ -99,12 +112,6 @@ impl ClientOptions {
                     attempt.follow()
                 }
             }));
-        if let Some(file) = &self.ca_file {
-            builder = builder.tls_certs_only(authorities("--ca-file", file)?);
-        } else if url.scheme() == "http" {
-            // A scratch image has no system certificates, and plain HTTP needs none.
-            builder = builder.tls_certs_only([]);
-        }
         if let (Some(cert), Some(key)) = (&self.client_cert, &self.client_key) {
             let read = |option: &str, file: &Path| {
                 std::fs::read(file).with_context(|| format!("reading {option} {}", file.display()))
@@ -114,10 +121,41 @@ impl ClientOptions {
                 .map_err(|e| Rejected::new(format!("--client-cert {}: {e}", cert.display())))?;
             builder = builder.identity(identity);
         }
-        if let Some(value) = self.authorization()? {
-            builder = builder.default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]));
-        }
         Ok(builder)
+    }
+}
+
+/// An HTTP client that shows the token to the host that the user named, and to no other.
+pub struct Client {
+    http: reqwest::Client,
+    options: ClientOptions,
+    /// A URL of that host.
+    home: Url,
+}
+
+impl Client {
+    /// A request, with the token as it is in its file now where `url` is of the client's own host: a service
+    /// account's is replaced every hour, and a transfer may take longer. A redirect to another host loses it
+    /// (reqwest sees to that).
+    ///
+    /// # Errors
+    /// When the file cannot be read or holds no token.
+    pub fn request(&self, method: Method, url: &Url) -> Result<RequestBuilder> {
+        let mut request = self.http.request(method, url.clone());
+        if url.origin() == self.home.origin()
+            && let Some(value) = self.options.authorization()?
+        {
+            request = request.header(AUTHORIZATION, value);
+        }
+        Ok(request)
+    }
+
+    /// A GET, as [`Client::request`].
+    ///
+    /// # Errors
+    /// As for [`Client::request`].
+    pub fn get(&self, url: &Url) -> Result<RequestBuilder> {
+        self.request(Method::GET, url)
     }
 }
 
@@ -144,8 +182,7 @@ pub async fn success(response: Response) -> Result<Response> {
     }
     let url = response.url().clone();
     let headers = response.headers().clone();
-    let mut body = response.text().await.unwrap_or_default();
-    body.truncate(body.floor_char_boundary(MAX_REASON));
+    let body = reason(response).await;
     let reason = match body.trim() {
         "" => status.canonical_reason().unwrap_or("no reason given"),
         reason => reason,
@@ -156,6 +193,22 @@ pub async fn success(response: Response) -> Result<Response> {
         return Err(Rejected::new(text).into());
     }
     Err(passing(text, &headers))
+}
+
+/// The beginning of an answer's body, as far as it came.
+async fn reason(mut response: Response) -> String {
+    let mut body = Vec::new();
+    let read = async {
+        while body.len() < MAX_REASON
+            && let Ok(Some(chunk)) = response.chunk().await
+        {
+            body.extend_from_slice(&chunk);
+        }
+    };
+    // What came until then says something too.
+    let _ = tokio::time::timeout(REASON_TIMEOUT, read).await;
+    body.truncate(MAX_REASON);
+    String::from_utf8_lossy(&body).into_owned()
 }
 
 /// The error `text` of an answer that another try may not get: not before the time that its `headers` ask for.

@@ -4,16 +4,17 @@
 //! 304 for ever.
 
 use std::io::{self, ErrorKind, IoSliceMut};
-use std::ops::Bound;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::body::{Body, Bytes};
-use axum::http::header::{ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG};
+use axum::http::header::{
+    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_RANGE, RANGE,
+};
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use futures_util::{Stream, TryStreamExt};
-use headers::{ETag, HeaderMapExt, IfNoneMatch, IfRange, Range};
+use headers::{ETag, HeaderMapExt, IfNoneMatch};
 use rustix::io::{ReadWriteFlags, preadv2};
 use tokio::fs::File;
 use tokio::sync::oneshot;
@@ -64,9 +65,10 @@ pub const NO_CACHE: &str = "no-cache";
 /// When the ETag is none.
 pub fn respond<C: Content>(served: Served<C>, method: &Method, request: &HeaderMap) -> io::Result<Response<Body>> {
     let etag: ETag = format!("\"{}\"", served.etag).parse().map_err(io::Error::other)?;
+    let validator = HeaderValue::try_from(format!("\"{}\"", served.etag)).map_err(io::Error::other)?;
     let mut response = Response::new(Body::empty());
     let headers = response.headers_mut();
-    headers.insert(ETAG, HeaderValue::try_from(format!("\"{}\"", served.etag)).map_err(io::Error::other)?);
+    headers.insert(ETAG, validator.clone());
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static(served.cache_control));
     if request.typed_get::<IfNoneMatch>().is_some_and(|condition| !condition.precondition_passes(&etag)) {
@@ -74,17 +76,19 @@ pub fn respond<C: Content>(served: Served<C>, method: &Method, request: &HeaderM
         return Ok(response);
     }
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(served.content_type));
-    let current = request.typed_get::<IfRange>().is_none_or(|condition| !condition.is_modified(Some(&etag), None));
-    let range = request.typed_get::<Range>().filter(|_| current && method == Method::GET);
-    let (start, length) = match range.map(|range| requested(&range, served.size)) {
-        None | Some(Requested::Whole) => (0, served.size),
-        Some(Requested::Part { start, end }) => {
+    // A date says nothing here, and what cannot be read is another validator than ours (RFC 9110, 13.1.5).
+    let current = request.get(IF_RANGE).is_none_or(|condition| *condition == validator);
+    let range = request.get(RANGE).filter(|_| current && method == Method::GET);
+    let range = range.and_then(|range| range.to_str().ok()).unwrap_or_default();
+    let (start, length) = match requested(range, served.size) {
+        Requested::Whole => (0, served.size),
+        Requested::Part { start, end } => {
             let value = format!("bytes {start}-{end}/{}", served.size);
             headers.insert(CONTENT_RANGE, HeaderValue::try_from(value).map_err(io::Error::other)?);
             *response.status_mut() = StatusCode::PARTIAL_CONTENT;
             (start, end - start + 1)
         }
-        Some(Requested::Outside) => {
+        Requested::Outside => {
             let value = format!("bytes */{}", served.size);
             headers.insert(CONTENT_RANGE, HeaderValue::try_from(value).map_err(io::Error::other)?);
             *response.status_mut() = StatusCode::RANGE_NOT_SATISFIABLE;
@@ -206,23 +210,59 @@ enum Requested {
     Outside,
 }
 
-/// One range is answered with that part; several at once with the whole file,
+/// One range is answered with that part; several at once, and what is none, with the whole file,
 /// as RFC 9110, 14.2 allows.
-fn requested(range: &Range, size: u64) -> Requested {
-    let mut satisfiable = range.satisfiable_ranges(size);
-    let Some(first) = satisfiable.next() else { return Requested::Outside };
-    if satisfiable.next().is_some() {
-        return Requested::Whole;
+fn requested(range: &str, size: u64) -> Requested {
+    let spec = range.split_once('=').filter(|(unit, _)| unit.eq_ignore_ascii_case("bytes"));
+    let Some((first, last)) = spec.and_then(|(_, spec)| spec.trim().split_once('-')) else { return Requested::Whole };
+    let place = |text: &str| {
+        let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        // No file is as long as a number that is too large.
+        digits.then(|| text.parse().unwrap_or(u64::MAX))
+    };
+    let (start, end) = match (place(first), place(last)) {
+        // The last bytes, or all where there are not so many.
+        (None, Some(count)) if first.is_empty() && count > 0 => (size.saturating_sub(count), u64::MAX),
+        (None, Some(0)) if first.is_empty() => return Requested::Outside,
+        (Some(start), None) if last.is_empty() => (start, u64::MAX),
+        (Some(start), Some(end)) if start <= end => (start, end),
+        _ => return Requested::Whole,
+    };
+    if start < size { Requested::Part { start, end: end.min(size - 1) } } else { Requested::Outside }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_a_part_or_nothing_at_all() {
+        let answer = |range: &str| match requested(range, 10_000) {
+            Requested::Whole => "whole".to_owned(),
+            Requested::Outside => "outside".to_owned(),
+            Requested::Part { start, end } => format!("{start}-{end}"),
+        };
+        for (range, expected) in [
+            ("bytes=0-0", "0-0"),
+            ("bytes=5-", "5-9999"),
+            ("Bytes= 5-9", "5-9"),
+            ("bytes=9999-20000", "9999-9999"),
+            ("bytes=-1", "9999-9999"),
+            ("bytes=-20000", "0-9999"),
+            ("bytes=-99999999999999999999999", "0-9999"),
+            ("bytes=-0", "outside"),
+            ("bytes=10000-", "outside"),
+            ("bytes=99999999999999999999999-", "outside"),
+            ("bytes=9-5", "whole"),
+            ("bytes=0-1,5-6", "whole"),
+            ("bytes=x-", "whole"),
+            ("bytes=+1-2", "whole"),
+            ("bytes=-", "whole"),
+            ("lines=1-2", "whole"),
+            ("", "whole"),
+        ] {
+            assert_eq!(answer(range), expected, "{range}");
+        }
+        assert!(matches!(requested("bytes=-5", 0), Requested::Outside));
     }
-    let start = match first.0 {
-        Bound::Included(start) => start,
-        Bound::Excluded(start) => start + 1,
-        Bound::Unbounded => 0,
-    };
-    let end = match first.1 {
-        Bound::Included(end) => end.min(size.saturating_sub(1)),
-        Bound::Excluded(end) => end.min(size).saturating_sub(1),
-        Bound::Unbounded => size.saturating_sub(1),
-    };
-    if start > end || start >= size { Requested::Outside } else { Requested::Part { start, end } }
 }

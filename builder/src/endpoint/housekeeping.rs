@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -45,41 +46,73 @@ impl KeepOptions {
 
 /// Which versions are being read, and when they were read last.
 #[derive(Default)]
-pub struct Readers(Mutex<HashMap<Id, (usize, Instant)>>);
+pub struct Readers(Mutex<HashMap<Id, Reads>>);
+
+/// The reads of a version.
+#[derive(Default)]
+struct Reads {
+    under_way: usize,
+    /// When the last one ended that got something.
+    last: Option<Instant>,
+}
+
+impl Reads {
+    fn count(&self) -> bool {
+        self.under_way > 0 || self.last.is_some_and(|last| last.elapsed() < READ_LATELY)
+    }
+}
 
 /// A read under way; it is over when the last copy is dropped.
 #[derive(Clone)]
-pub struct Reading(#[expect(dead_code, reason = "it is held for its drop")] Arc<Guard>);
+pub struct Reading(Arc<Guard>);
 
 struct Guard {
     readers: Arc<Readers>,
     id: Id,
+    /// Whether something is sent.
+    sends: AtomicBool,
+}
+
+impl Reading {
+    /// There is something to be sent: when it has been, the version was read.
+    pub fn sends(&self) {
+        self.0.sends.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Readers {
     /// A version is being read from now on.
     pub fn begin(self: &Arc<Self>, id: Id) -> Reading {
-        self.versions().entry(id.clone()).or_insert_with(|| (0, Instant::now())).0 += 1;
-        Reading(Arc::new(Guard { readers: Arc::clone(self), id }))
+        self.versions().entry(id.clone()).or_default().under_way += 1;
+        Reading(Arc::new(Guard { readers: Arc::clone(self), id, sends: AtomicBool::new(false) }))
     }
 
     /// Whether a version is being read or was lately.
     fn busy(&self, id: &Id) -> bool {
-        let mut versions = self.versions();
-        versions.retain(|_, (count, last)| *count > 0 || last.elapsed() < READ_LATELY);
-        versions.contains_key(id)
+        self.versions().get(id).is_some_and(Reads::count)
     }
 
-    fn versions(&self) -> MutexGuard<'_, HashMap<Id, (usize, Instant)>> {
+    /// Forgets the versions that nobody has read lately.
+    fn prune(&self) {
+        self.versions().retain(|_, reads| reads.count());
+    }
+
+    fn versions(&self) -> MutexGuard<'_, HashMap<Id, Reads>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some((count, last)) = self.readers.versions().get_mut(&self.id) {
-            *count -= 1;
-            *last = Instant::now();
+        let mut versions = self.readers.versions();
+        let Some(reads) = versions.get_mut(&self.id) else { return };
+        reads.under_way -= 1;
+        if self.sends.load(Ordering::Relaxed) {
+            reads.last = Some(Instant::now());
+        }
+        // Whatever name somebody asks for, nothing is kept of those that are not there.
+        if !reads.count() {
+            versions.remove(&self.id);
         }
     }
 }
@@ -112,6 +145,7 @@ async fn run(shared: Shared, stop: CancellationToken) {
         // What fails is in the log, and tried again the next time.
         resume::remove_stale(&shared).await;
         remove_surplus(&shared, &stop).await;
+        shared.readers.prune();
         let changed = tokio::time::timeout(pause, shared.changed.notified());
         let _ = stop.run_until_cancelled(changed).await;
     }
@@ -123,13 +157,13 @@ async fn remove_surplus(shared: &Shared, stop: &CancellationToken) {
         let surplus = |(index, (_, record)): &(usize, (_, Record))| {
             shared.limits.keep.surplus(*index, now.saturating_sub(record.stored))
         };
-        for (_, (version, _)) in versions.into_iter().enumerate().filter(surplus) {
+        for (_, (version, record)) in versions.into_iter().enumerate().filter(surplus) {
             let id = Id { name: name.clone(), version };
             if stop.is_cancelled() || shared.readers.busy(&id) {
                 continue;
             }
             let surplus = id.clone();
-            if let Ok(true) = blocking(shared, move |store| store.delete(&surplus)).await {
+            if let Ok(true) = blocking(shared, move |store| store.delete_this(&surplus, &record)).await {
                 tracing::info!("{} {}: removed, there are newer ones", id.name, id.version);
             }
         }

@@ -121,15 +121,8 @@ async fn created(shared: &Shared, target: Target, headers: &HeaderMap) -> Result
     let key = (target.id, digest);
     let turn = shared.turns.take(&key).await;
     let (id, digest) = key.clone();
-    let (found, free) = blocking(shared, move |store| {
-        // What was begun counts against the quota as a whole already.
-        let begun = match store.find_upload(&id, &digest)? {
-            Found::Nothing if length <= store.free()? => store.begin_upload(&id, &digest, length)?,
-            found => found,
-        };
-        Ok((begun, store.disk_free()?))
-    })
-    .await?;
+    let (found, free) =
+        blocking(shared, move |store| Ok((store.begin_upload(&id, &digest, length)?, store.disk_free()?))).await?;
     let (id, digest) = &key;
     let response = match found {
         Found::Conflict(stored) => Err(conflict(&Target { id: id.clone(), file: FileName::Tarball }, stored)),
@@ -279,9 +272,12 @@ async fn added(shared: &Shared, key: &Key, prepared: Prepared, incoming: &mut In
     let (work, end) = incoming.write_to(work, |work, batch| work.upload.write(batch), ended).await?;
     if incoming.exceeded {
         // The draft wants it gone (Upload Append, Server Behavior).
-        drop(work);
         let (id, digest) = key.clone();
-        blocking(shared, move |store| store.cancel_upload(&id, &digest)).await?;
+        blocking(shared, move |store| {
+            drop(work);
+            store.cancel_upload(&id, &digest)
+        })
+        .await?;
         return Err(bad("more bytes came than the upload may have: it is given up"));
     }
     if let End::Broke(refusal) = end {

@@ -363,6 +363,7 @@ async fn download(
     let mut response = respond(served, &method, &headers).context("answering with a file")?;
     let value = HeaderValue::try_from(digest_header(&digest)).context("writing a header")?;
     response.headers_mut().insert(REPR_DIGEST, value);
+    reading.sends();
     response.extensions_mut().insert(reading);
     Ok(response)
 }

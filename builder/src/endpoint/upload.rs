@@ -196,6 +196,12 @@ async fn receive(shared: &Shared, id: &Id, admitted: &Admitted, incoming: &mut I
     };
     let (upload, end) = incoming.write_to(upload, |upload, batch| upload.write(batch), pending()).await?;
     if let End::Broke(refusal) = end {
+        // That waits for the disk too.
+        blocking(shared, move |_| {
+            drop(upload);
+            Ok(())
+        })
+        .await?;
         return Err(refusal);
     }
     let received = blocking(shared, move |_| upload.finish()).await?;

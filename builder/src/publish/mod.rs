@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use oscontainer_artifact::Rejected;
 use oscontainer_artifact::digest::{Digest, Hasher};
@@ -23,6 +23,7 @@ use oscontainer_program::stop;
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
 
+use crate::pack::Packed;
 use remote::{Remote, Step, Upload, immutable};
 
 /// Options of `publish`.
@@ -60,20 +61,21 @@ pub struct Published {
 /// Uploads an artifact and prints where it is.
 pub fn main(args: PublishArgs, global: &Global) -> Result<()> {
     stop::on_signals()?;
-    let published = publish(&args.dir, &args.endpoint, &args.client)?;
+    let published = publish(&args.dir, None, &args.endpoint, &args.client)?;
     global.print(&published)
 }
 
-/// Uploads the artifact in `dir` to `endpoint`, after it was checked.
+/// Uploads the artifact in `dir` to `endpoint`, after it was checked; `packed` says that it was made just now, and
+/// its tarball need not be read for that.
 ///
 /// # Errors
 /// [`Rejected`] when the files contradict each other, or the endpoint will never
 /// take them; other errors are worth a retry.
-pub fn publish(dir: &Path, endpoint: &Url, client: &ClientOptions) -> Result<Published> {
+pub fn publish(dir: &Path, packed: Option<&Packed>, endpoint: &Url, client: &ClientOptions) -> Result<Published> {
     if !matches!(endpoint.scheme(), "http" | "https") {
         return Err(Usage(format!("--endpoint {endpoint}: expected an http or https URL")).into());
     }
-    let local = Local::read(dir)?;
+    let local = Local::read(dir, packed)?;
     let remote = Remote::new(endpoint, client)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(stop::or(send(&remote, &local, Retry::new(&client.retry))))
@@ -87,12 +89,15 @@ struct Local {
 }
 
 impl Local {
-    fn read(dir: &Path) -> Result<Self> {
+    fn read(dir: &Path, packed: Option<&Packed>) -> Result<Self> {
         let path = dir.join(FILE);
         let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         let manifest = Manifest::parse(&bytes).with_context(|| format!("reading {}", path.display()))?;
         let tarball = dir.join(TARBALL_FILE);
-        let (size, digest) = measure(&tarball).with_context(|| format!("reading {}", tarball.display()))?;
+        let (size, digest) = match packed {
+            Some(packed) => (packed.size, packed.tarball),
+            None => measure(&tarball)?,
+        };
         if (size, digest) != (manifest.tarball.size, manifest.tarball.digest) {
             reject!(
                 "{} has {size} bytes and {digest}, but {} says {} bytes and {}: pack the commit again",
@@ -108,8 +113,8 @@ impl Local {
 
 fn measure(path: &Path) -> Result<(u64, Digest)> {
     let mut hasher = Hasher::new();
-    let size = hasher.update_from(stop::Reader(File::open(path)?))?;
-    Ok((size, hasher.digest()))
+    let size = File::open(path).and_then(|file| hasher.update_from(stop::Reader(file)));
+    Ok((size.with_context(|| format!("reading {}", path.display()))?, hasher.digest()))
 }
 
 async fn send(remote: &Remote, local: &Local, mut retry: Retry) -> Result<Published> {
@@ -148,17 +153,23 @@ async fn send_tarball(remote: &Remote, local: &Local, retry: &mut Retry) -> Resu
     let tarball = &local.manifest.tarball;
     let url = remote.url(&local.manifest, TARBALL_FILE)?;
     let progress = Arc::new(Progress::bytes(format!("uploading {TARBALL_FILE}"), Some(tarball.size)));
-    let (mut upload, mut furthest, mut resumed): (Option<Upload>, u64, bool) = (None, 0, false);
+    let (mut upload, mut furthest): (Option<Upload>, u64) = (None, 0);
+    let (mut resumed, mut restarted) = (false, false);
     loop {
-        let begun = upload.is_some();
+        let before = upload.as_ref().map(|upload| upload.offset);
         let step = match upload.take() {
             None => retry.bounded(remote.begin(&url, tarball)).await,
             Some(upload) => retry.bounded(remote.append(upload, &local.tarball, tarball.size, &progress)).await,
         };
         match step {
             Ok(Step::Done) => return Ok(()),
+            Ok(Step::More(next)) if before.is_some_and(|before| next.offset <= before) => {
+                let offset = next.offset;
+                let error = anyhow!("{url}: the endpoint took nothing and is at byte {offset}");
+                retry.pause("uploading the tarball", error).await?;
+            }
             Ok(Step::More(next)) => {
-                if !begun && next.offset > 0 {
+                if before.is_none() && next.offset > 0 {
                     tracing::info!("the upload goes on at byte {} of {}", next.offset, tarball.size);
                     resumed = true;
                 }
@@ -169,10 +180,10 @@ async fn send_tarball(remote: &Remote, local: &Local, retry: &mut Retry) -> Resu
                 progress.set(next.offset);
                 upload = Some(next);
             }
-            Ok(Step::Mismatch(error)) if resumed => {
+            Ok(Step::Mismatch(error)) if resumed && !restarted => {
                 // A power cut may have spoilt what the endpoint had of it.
                 tracing::warn!("the upload starts again: {}", exit::chain(&error));
-                (furthest, resumed) = (0, false);
+                (furthest, restarted) = (0, true);
             }
             Ok(Step::Mismatch(error)) => return Err(error),
             Err(error) => retry.pause("uploading the tarball", error).await?,

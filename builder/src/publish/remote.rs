@@ -15,18 +15,19 @@ use oscontainer_artifact::protocol::{
     INTEROP_VERSION, PARTIAL_MEDIA_TYPE, REPR_DIGEST, UPLOAD_COMPLETE, UPLOAD_INTEROP_VERSION, UPLOAD_LENGTH,
     UPLOAD_LIMIT, UPLOAD_OFFSET, digest_header, path,
 };
-use oscontainer_program::client::{ClientOptions, success};
+use oscontainer_program::client::{Client, ClientOptions, success};
 use oscontainer_program::progress::Progress;
 use oscontainer_program::reject;
-use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderMap, LOCATION};
-use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode, Url};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderMap, LOCATION};
+use reqwest::{Body, Method, Response, StatusCode, Url};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 /// Bytes read from the tarball at a time.
 const CHUNK: usize = 256 << 10;
-/// Bytes of one request: each one's are durable when it is answered.
-const PART: u64 = 64 << 20;
+/// Bytes of one request: each one's are durable when it is answered. The endpoint keeps what came of a request that
+/// broke off, so that few large ones lose nothing and wait for the disk less often.
+const PART: u64 = 256 << 20;
 /// How long the endpoint may take to answer after it has everything: it syncs to a
 /// disk that may be slow.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
@@ -80,7 +81,7 @@ impl Remote {
     /// # Errors
     /// As of any request.
     pub async fn stored(&self, url: &Url) -> Result<Option<String>> {
-        let request = self.request(Method::HEAD, url)?.timeout(self.options.stall_timeout());
+        let request = self.client.request(Method::HEAD, url)?.timeout(self.options.stall_timeout());
         let response = request.send().await.with_context(|| format!("asking {url}"))?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
@@ -96,6 +97,7 @@ impl Remote {
     /// As of any request.
     pub async fn put_manifest(&self, url: &Url, bytes: &[u8]) -> Result<()> {
         let request = self
+            .client
             .request(Method::PUT, url)?
             .timeout(ANSWER_TIMEOUT)
             .header(CONTENT_TYPE, MEDIA_TYPE)
@@ -111,6 +113,7 @@ impl Remote {
     /// As of any request.
     pub async fn begin(&self, url: &Url, tarball: &Tarball) -> Result<Step> {
         let request = self
+            .client
             .request(Method::PUT, url)?
             .timeout(self.options.stall_timeout())
             .header(UPLOAD_INTEROP_VERSION, INTEROP_VERSION)
@@ -128,8 +131,8 @@ impl Remote {
         let Some(upload) = location.and_then(|location| response.url().join(location).ok()) else {
             reject!("{url} does not take resumable uploads: is this the URL of an artifact endpoint?");
         };
-        // It gets the token.
-        if upload.origin() != response.url().origin() {
+        // It gets the bytes; the token goes to no other host anyway.
+        if upload.origin() != url.origin() {
             reject!("{url} wants the upload at another host, {upload}");
         }
         let offset = number(headers, UPLOAD_OFFSET).unwrap_or_default();
@@ -159,6 +162,7 @@ impl Remote {
             shown.add(count);
         });
         let request = self
+            .client
             .request(Method::PATCH, &url)?
             .header(UPLOAD_INTEROP_VERSION, INTEROP_VERSION)
             .header(CONTENT_TYPE, PARTIAL_MEDIA_TYPE)
@@ -187,16 +191,6 @@ impl Remote {
                 Ok(Step::More(Upload { url, offset, part }))
             }
         }
-    }
-
-    /// A request with the token as it is in its file now: a service account's is
-    /// replaced every hour, and an upload may take longer.
-    fn request(&self, method: Method, url: &Url) -> Result<RequestBuilder> {
-        let request = self.client.request(method, url.clone());
-        Ok(match self.options.authorization()? {
-            Some(value) => request.header(AUTHORIZATION, value),
-            None => request,
-        })
     }
 
     /// Ends when `sent` has stood still for too long.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use e2e::endpoint::{Endpoint, bearer, file, manifest, noise};
 use e2e::store::Kind;
-use e2e::{on_each_object_store, on_each_store};
+use e2e::{fails, on_each_object_store, on_each_store, peak_memory};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::protocol::digest_header;
 
@@ -98,6 +98,21 @@ fn a_quota_holds_also_for_what_is_promised(kind: Kind) {
         endpoint.curl(&file("demo", version, "repo.tar"), &arguments).status
     };
     assert_eq!(begin("2", &more), 507);
+    // Of several at the same time only as many begin as there is room for.
+    let statuses: Vec<_> = std::thread::scope(|scope| {
+        let begun: Vec<_> = (0..6)
+            .map(|number| {
+                let begin = &begin;
+                scope.spawn(move || begin(&format!("at-once-{number}"), &noise(300_000, 70 + number)))
+            })
+            .collect();
+        begun.into_iter().map(|begun| begun.join().unwrap()).collect()
+    });
+    assert_eq!(statuses.iter().filter(|status| **status == 201).count(), 1, "{statuses:?}");
+    let number = statuses.iter().position(|status| *status == 201).unwrap() as u64;
+    let digest = Digest::of(&noise(300_000, 70 + number)).hex();
+    let upload = format!("/v1/uploads/demo/at-once-{number}/sha256-{digest}");
+    assert_eq!(endpoint.curl(&upload, &["-X", "DELETE", "-H", &bearer()]).status, 204);
     assert_eq!(begin("2", &small), 201);
     assert_eq!(begin("2", &small), 201, "what was begun has its room");
     assert_eq!(endpoint.put(&path, &noise(300_000, 54)).status, 507);
@@ -130,6 +145,46 @@ fn a_damaged_version_is_taken_out_and_can_be_published_again() {
     assert_eq!(endpoint.put(&file("demo", "3", "manifest.json"), &manifest("demo", "3", b"x")).status, 201);
     endpoint.restart();
     assert_eq!(versions(&endpoint), ["3", "1", "2"]);
+}
+
+#[test]
+fn a_file_that_cannot_be_looked_at_is_not_taken_for_damaged() {
+    let mut endpoint = Endpoint::start();
+    endpoint.store("demo", "1", b"x");
+    endpoint.kill();
+    let stored = endpoint.path(&format!("store/artifacts/demo/1/sha256-{}", Digest::of(b"x").hex()));
+    let aside = endpoint.path("aside");
+    fs::rename(&stored, &aside).unwrap();
+    // It leads to itself: stat(2) fails, and not with ENOENT.
+    std::os::unix::fs::symlink(&stored, &stored).unwrap();
+    let mut command = endpoint.command();
+    fails(command.args(["--listen", &e2e::free_address()]), 1, "looking at");
+    fs::rename(&aside, &stored).unwrap();
+    endpoint.restart();
+    assert_eq!(versions(&endpoint), ["1"]);
+}
+
+#[test]
+fn nothing_is_kept_of_names_that_are_not_there() {
+    let mut endpoint = Endpoint::start();
+    let mut client = TcpStream::connect(&endpoint.server().address).unwrap();
+    let mut reader = std::io::BufReader::new(client.try_clone().unwrap());
+    let mut ask = |numbers: std::ops::Range<u32>| {
+        for start in numbers.step_by(500) {
+            let head = |number| format!("HEAD /v1/artifacts/demo/{number}/repo.tar HTTP/1.1\r\nHost: x\r\n\r\n");
+            let batch: String = (start..start + 500).map(head).collect();
+            client.write_all(batch.as_bytes()).unwrap();
+            for _ in 0..500 {
+                let (status, _) = e2e::http::request_head(&mut reader).unwrap().unwrap();
+                assert!(status.starts_with("HTTP/1.1 404"), "{status}");
+            }
+        }
+    };
+    ask(0..5000);
+    let before = peak_memory(endpoint.pid());
+    ask(5000..35000);
+    let grown = peak_memory(endpoint.pid()) - before;
+    assert!(grown < 4 << 10, "{grown} KiB for 30,000 requests");
 }
 
 #[test]

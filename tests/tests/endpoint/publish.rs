@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use e2e::endpoint::{Endpoint, file, noise, packed};
+use e2e::http::{Answer, Static};
 use e2e::{Done, builder, fails, ok};
 use oscontainer_artifact::digest::Digest;
 
@@ -83,4 +84,37 @@ fn publish_says_what_is_wrong() {
     fs::remove_file(dir.join("manifest.json")).unwrap();
     fails(&mut publish(&url, &dir, &token), 1, "manifest.json");
     assert!(!endpoint.stored().iter().any(|path| path.starts_with("artifacts/")));
+}
+
+/// An upload that begins, with nothing of it there.
+const BEGUN: Answer = Answer::Head(201, "Upload-Complete: ?0\r\nUpload-Offset: 0\r\nLocation: /upload\r\n");
+
+#[test]
+fn a_redirect_leads_neither_the_token_nor_the_upload_away() {
+    let (front, other) = (Static::start(), Static::start());
+    let work = tempfile::tempdir().unwrap();
+    let (dir, token) = (work.path().join("packed"), work.path().join("token"));
+    fs::write(&token, "secret").unwrap();
+    packed(&dir, "1", &noise(1000, 23));
+    let path = file("demo", "1", "repo.tar");
+    front.set(&path, Answer::Redirect(other.url("/elsewhere")));
+    other.set("/elsewhere", BEGUN);
+    fails(&mut publish(&front.url(""), &dir, &token), 3, "wants the upload at another host");
+    assert_eq!(front.seen(&path)[0].headers["authorization"], "Bearer secret");
+    assert!(!other.seen("/elsewhere")[0].headers.contains_key("authorization"));
+    assert!(other.seen("/upload").is_empty());
+}
+
+#[test]
+fn an_endpoint_that_takes_nothing_is_given_up() {
+    let server = Static::start();
+    let work = tempfile::tempdir().unwrap();
+    let (dir, token) = (work.path().join("packed"), work.path().join("token"));
+    fs::write(&token, "secret").unwrap();
+    packed(&dir, "1", &noise(1000, 24));
+    server.set(&file("demo", "1", "repo.tar"), BEGUN);
+    server.set("/upload", Answer::Head(204, "Upload-Complete: ?0\r\nUpload-Offset: 0\r\n"));
+    let mut command = publish(&server.url(""), &dir, &token);
+    fails(command.env("OSCONTAINER_RETRIES", "1"), 1, "the endpoint took nothing");
+    assert_eq!(server.seen("/upload").len(), 2);
 }

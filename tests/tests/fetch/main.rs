@@ -330,6 +330,25 @@ fn hostile_tarballs_are_rejected() {
         });
         scene.rejected(&changed, "is not canonical");
     }
+    // Framing offsets that go back and forth: each second element of an array is nearly all of it.
+    let overlapping = || -> Vec<u8> {
+        let (whole, offsets) = (500_000_u32, 100_001);
+        let mut array = vec![0; whole as usize];
+        array.extend((0..offsets).flat_map(|number| (if number % 2 == 0 { whole } else { 0 }).to_le_bytes()));
+        array
+    };
+    let mut bytes = vec![0; 24 + 1];
+    bytes.extend(overlapping());
+    bytes.extend(25_u32.to_le_bytes());
+    let bomb = [&(bytes.len() as u32).to_be_bytes()[..], &[0; 4], &bytes].concat();
+    scene.rejected(&with(&|artifact| artifact.entry(&object).replace(bomb.clone())), "overlap");
+    let bomb = [&[0; 12][..], &overlapping()].concat();
+    let name = Digest::of(&bomb).hex();
+    let added = with(&|artifact| {
+        artifact.entries.push(Entry::file(&format!("objects/{}/{}.dirmeta", &name[..2], &name[2..]), bomb.clone()));
+        artifact.entries.sort_by(|a, b| a.path.cmp(&b.path));
+    });
+    scene.rejected(&added, "overlap");
     let tarball = good.tarball();
     let raw = |bytes: Vec<u8>| Served::new(&scene.server, "/h", good.manifest.clone(), bytes);
     scene.rejected(&raw([&tarball[..], &[0; BLOCK]].concat()), "after its end");

@@ -5,7 +5,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use e2e::artifacts::Served;
+use e2e::artifacts::{Artifact, Served, commit};
+use e2e::authority::Authority;
 use e2e::endpoint::{Endpoint, file};
 use e2e::http::{Answer, Static};
 use e2e::proxy::Proxy;
@@ -97,10 +98,13 @@ fn a_busy_server_is_left_alone_for_as_long_as_it_asks() {
     let start = Instant::now();
     fails(scene.fetch(&served).args(["--retries", "1", "--deadline", "60"]), 1, "--deadline of 60 s");
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
-    // What will stay so is not tried again.
-    scene.server.set("/a/repo.tar", Answer::Status(403));
-    fails(scene.fetch(&served).args(["--retries", "5"]), 3, "403");
-    assert_eq!(scene.server.seen("/a/repo.tar").len(), 4);
+    // What will stay so is not tried again, and its reason is not read for ever.
+    for answer in [Answer::Status(403), Answer::Endless(403)] {
+        let before = scene.server.seen("/a/repo.tar").len();
+        scene.server.set("/a/repo.tar", answer);
+        fails(scene.fetch(&served).args(["--retries", "5"]), 3, "403");
+        assert_eq!(scene.server.seen("/a/repo.tar").len(), before + 1);
+    }
 }
 
 #[test]
@@ -160,6 +164,17 @@ fn the_next_run_goes_on_where_this_one_was_killed() {
     arrives(&scene, &mut fetch());
     assert_eq!(starts(&scene.server).len(), before);
 
+    // What the server does not give for now is no reason to throw away what is here.
+    scene.server.set("/a/repo.tar", Answer::Ranged(tarball.clone(), "\"v\"", half));
+    fails(&mut fetch(), 1, "/a/repo.tar");
+    for status in [401, 403, 404] {
+        scene.server.set("/a/repo.tar", Answer::Status(status));
+        fails(&mut fetch(), 3, &status.to_string());
+        assert_eq!(fs::read(partial()).unwrap(), tarball[..half]);
+    }
+    scene.server.set("/a/repo.tar", whole.clone());
+    arrives(&scene, &mut fetch());
+
     // What a power cut left is thrown away, not believed and not fatal.
     for bad in [vec![0; half], tarball.iter().map(|byte| byte ^ 1).collect(), vec![0; tarball.len() + 1]] {
         scene.server.set("/a/repo.tar", Answer::Ranged(tarball.clone(), "\"v\"", half));
@@ -206,16 +221,106 @@ fn a_redirect_never_carries_the_token_away() {
     front.set("/b/manifest.json", Answer::Redirect("/c/manifest.json".to_owned()));
     front.set("/c/manifest.json", Answer::Redirect(served.url.clone()));
     let at_front = Served { url: front.url("/b/manifest.json"), digest: served.digest.clone() };
-    arrives(&scene, scene.fetch(&at_front).arg("--token-file").arg(token));
+    arrives(&scene, scene.fetch(&at_front).arg("--token-file").arg(&token));
     for path in ["/b/manifest.json", "/c/manifest.json"] {
         assert_eq!(front.seen(path)[0].headers.get("authorization").map(String::as_str), Some("Bearer secret"));
     }
-    assert!(!scene.server.seen("/a/manifest.json")[0].headers.contains_key("authorization"));
+    for path in ["/a/manifest.json", "/a/repo.tar"] {
+        assert!(!scene.server.seen(path)[0].headers.contains_key("authorization"), "{path}");
+    }
+    arrives(&scene, scene.fetch(&served).arg("--token-file").arg(&token));
+    for path in ["/a/manifest.json", "/a/repo.tar"] {
+        let seen = scene.server.seen(path).pop().unwrap();
+        assert_eq!(seen.headers.get("authorization").map(String::as_str), Some("Bearer secret"), "{path}");
+    }
     // To files, or round and round, it does not lead.
     for (to, reason) in [("file:///etc/passwd", "manifest.json"), ("/b/manifest.json", "redirects")] {
         front.set("/b/manifest.json", Answer::Redirect(to.to_owned()));
         let done = run(&mut scene.fetch(&at_front));
         assert!(done.code != 0 && done.stderr.contains(reason), "{done:?}");
+    }
+}
+
+#[test]
+fn a_token_that_is_replaced_on_the_way_is_read_anew() {
+    let scene = Scene::new();
+    let Offer { served, tarball } = serve(&scene);
+    let token = scene.path("token");
+    fs::write(&token, "first\n").unwrap();
+    let whole = Answer::Ranged(tarball.clone(), "\"v\"", usize::MAX);
+    scene.server.set_all("/a/repo.tar", [Answer::Stalling(tarball.clone(), "\"v\"", tarball.len() / 2), whole]);
+    let mut command = scene.fetch(&served);
+    command.args(["--stall-timeout", "2", "--retries", "1", "--token-file"]).arg(&token);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    e2e::wait_for(|| scene.server.seen("/a/repo.tar").len() == 1, "the download to begin");
+    fs::write(&token, "second\n").unwrap();
+    let done = child.wait_with_output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let tokens: Vec<_> =
+        scene.server.seen("/a/repo.tar").into_iter().map(|seen| seen.headers["authorization"].clone()).collect();
+    assert_eq!(tokens, ["Bearer first", "Bearer second"]);
+}
+
+#[test]
+fn a_redirect_to_tls_is_trusted_as_the_system_does() {
+    let scene = Scene::new();
+    let artifact = scene.artifact();
+    let served = artifact.serve(&scene.server, "/a");
+    let authority = Authority::new();
+    let (cert, key) = (scene.path("tls.crt"), scene.path("tls.key"));
+    authority.issue("endpoint.test", &cert, &key);
+    let mut endpoint = Endpoint::start();
+    let manifest = ok(tool("curl").args(["-sSf", &served.url])).stdout.into_bytes();
+    assert_eq!(endpoint.put(&file("demo", "1", "repo.tar"), &artifact.tarball()).status, 201);
+    assert_eq!(endpoint.put(&file("demo", "1", "manifest.json"), &manifest).status, 201);
+    endpoint.kill();
+    let mut command = endpoint.command();
+    command.arg("--tls-cert").arg(&cert).arg("--tls-key").arg(&key);
+    endpoint.run(command);
+    let secure = endpoint.url(&file("demo", "1", "manifest.json")).replace("http://", "https://");
+    scene.server.set("/a/manifest.json", Answer::Redirect(secure));
+    arrives(&scene, scene.fetch(&served).env("SSL_CERT_FILE", authority.ca()).env_remove("SSL_CERT_DIR"));
+    // Where the system trusts nobody, plain HTTP works all the same.
+    let empty = scene.path("empty");
+    fs::write(&empty, "").unwrap();
+    let nobody = |command: &mut Command| {
+        command.env("SSL_CERT_FILE", &empty).env_remove("SSL_CERT_DIR");
+    };
+    let mut command = scene.fetch(&served);
+    nobody(&mut command);
+    fails(&mut command, 1, "certificate");
+    let served = artifact.serve(&scene.server, "/a");
+    let mut command = scene.fetch(&served);
+    nobody(&mut command);
+    arrives(&scene, &mut command);
+}
+
+#[test]
+fn a_rejected_object_ends_the_download() {
+    let scene = Scene::new();
+    let tree = scene.path("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("large"), crate::noise(64 << 20)).unwrap();
+    (0..10).for_each(|number| fs::write(tree.join(number.to_string()), number.to_string()).unwrap());
+    commit(&scene.path("source"), &tree, "1");
+    let mut artifact = Artifact::of(&scene.path("source"));
+    let first = artifact.entries.iter_mut().find(|entry| entry.path.starts_with("objects/")).unwrap();
+    assert!(first.content.len() < 1 << 20, "the large one comes first");
+    let (name, mut content) = (first.path["objects/".len()..].replace('/', ""), first.content.clone());
+    content[0] ^= 1;
+    first.replace(content);
+    let served = artifact.serve(&scene.server, "/a");
+    let proxy = Proxy::start(scene.server.url("").strip_prefix("http://").unwrap(), || u64::MAX);
+    let through = Served { url: format!("{}/a/manifest.json", proxy.url()), digest: served.digest.clone() };
+    fails(&mut scene.fetch(&through), 3, &name);
+    // Some of it was on the way.
+    assert!(proxy.passed() < 40 << 20, "{} bytes were sent", proxy.passed());
+    // That the connection breaks later is not the reason.
+    let tarball = Arc::new(artifact.tarball());
+    let end = tarball.len() - (63 << 20);
+    scene.server.set("/a/repo.tar", Answer::Cut(tarball, end));
+    for _ in 0..5 {
+        fails(&mut scene.fetch(&served), 3, &name);
     }
 }
 

@@ -12,11 +12,12 @@ use std::sync::MutexGuard;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::protocol::Name;
 use oscontainer_program::staging::{remove_if_there, sync_dir};
+use rustix::fs::StatVfsMountFlags;
 use tempfile::NamedTempFile;
 
 use super::backend::{Backend, Partial, Sink, Source, Stored};
@@ -96,7 +97,9 @@ impl Directory {
         for (digest, size) in files {
             let path = self.dir(id).join(file_name(&digest));
             let found = match fs::metadata(&path) {
-                Err(error) => format!("{}: {error}", path.display()),
+                Err(error) if error.kind() == ErrorKind::NotFound => format!("{} is missing", path.display()),
+                // A disk that cannot be read now says nothing about what is on it.
+                Err(error) => return Err(error).with_context(|| format!("looking at {}", path.display())),
                 Ok(metadata) if metadata.len() != size => {
                     remove_if_there(&path)?;
                     format!("{} has {} bytes, not {size}", path.display(), metadata.len())
@@ -184,8 +187,10 @@ impl Directory {
 
 impl Backend for Directory {
     fn check(&self) -> Result<()> {
-        let found = fs::read_dir(&self.artifacts).and_then(|_| fs::metadata(&self.tmp));
-        found.map(drop).context("checking the store")
+        fs::read_dir(&self.artifacts).context("checking the store")?;
+        let mount = rustix::fs::statvfs(&self.tmp).context("checking the store")?;
+        ensure!(!mount.f_flag.contains(StatVfsMountFlags::RDONLY), "the store's file system is mounted read-only");
+        Ok(())
     }
 
     fn recover(&self, records: &[(Id, Record)]) -> Result<Vec<(Id, String)>> {
@@ -388,7 +393,49 @@ struct Writing {
     id: Id,
     /// Bytes that nobody asked the disk to take yet.
     unflushed: u64,
-    flush: Option<JoinHandle<io::Result<()>>>,
+    flush: Flush,
+}
+
+/// A flush that may be under way; nothing of it goes on once it is dropped.
+#[derive(Default)]
+struct Flush(Option<JoinHandle<(File, io::Result<()>)>>);
+
+impl Flush {
+    fn start(&mut self, file: File) {
+        self.0 = Some(std::thread::spawn(move || {
+            let synced = file.sync_data();
+            (file, synced)
+        }));
+    }
+
+    fn is_under_way(&self) -> bool {
+        self.0.as_ref().is_some_and(|flush| !flush.is_finished())
+    }
+
+    /// Waits for its end. Where it failed, nothing more may be written.
+    fn end(&mut self) -> io::Result<()> {
+        let Some(flush) = self.0.take() else { return Ok(()) };
+        let (file, synced) = flush.join().map_err(|_| io::Error::other("the thread that flushes ended"))?;
+        or_emptied(&file, synced)
+    }
+}
+
+impl Drop for Flush {
+    fn drop(&mut self) {
+        // What could be told to nobody any more is dealt with: the file is empty then.
+        let _ = self.end();
+    }
+}
+
+/// Passes on how a sync ended. The kernel tells of a failed write once, and then takes the page for written
+/// (fsync(2)): nothing of the file is believed any more, for a later sync would find nothing wrong.
+fn or_emptied(file: &File, synced: io::Result<()>) -> io::Result<()> {
+    if synced.is_err()
+        && let Err(error) = file.set_len(0)
+    {
+        tracing::error!("emptying an upload that the disk did not take: {error}");
+    }
+    synced
 }
 
 enum Incoming {
@@ -400,20 +447,17 @@ enum Incoming {
 
 impl Writing {
     fn boxed(file: Incoming, artifacts: &Path, id: &Id) -> Box<dyn Sink> {
-        Box::new(Self { file, artifacts: artifacts.to_owned(), id: id.clone(), unflushed: 0, flush: None })
+        Box::new(Self { file, artifacts: artifacts.to_owned(), id: id.clone(), unflushed: 0, flush: Flush::default() })
     }
 
     /// Starts to flush, unless that is still under way.
     fn flush(&mut self) -> Result<()> {
-        match self.flush.take_if(|flush| flush.is_finished()) {
-            Some(flush) => {
-                flush.join().map_err(|_| anyhow!("the thread that flushes ended"))?.context("syncing the disk")?
-            }
-            None if self.flush.is_some() => return Ok(()),
-            None => {}
+        if self.flush.is_under_way() {
+            return Ok(());
         }
+        self.flush.end().context("syncing the disk")?;
         let file = self.file().try_clone().context("opening the upload again")?;
-        self.flush = Some(std::thread::spawn(move || file.sync_data()));
+        self.flush.start(file);
         self.unflushed = 0;
         Ok(())
     }
@@ -436,7 +480,9 @@ impl Sink for Writing {
     }
 
     fn sync(&mut self) -> Result<()> {
-        self.file().sync_all().context("syncing the disk")
+        self.flush.end().context("syncing the disk")?;
+        let file = self.file();
+        or_emptied(file, file.sync_all()).context("syncing the disk")
     }
 
     fn place(self: Box<Self>, digest: &Digest) -> Result<bool> {

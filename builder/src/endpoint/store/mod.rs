@@ -72,6 +72,8 @@ pub struct Store {
     backend: Box<dyn Backend>,
     /// Bytes that it may hold.
     quota: Option<u64>,
+    /// Held from looking what is free until it is promised.
+    promising: Mutex<()>,
     names: [Mutex<()>; LOCKS],
 }
 
@@ -82,7 +84,12 @@ impl Store {
     /// When another process serves it, or it cannot be used.
     pub fn open(options: &StoreOptions, quota: Option<u64>) -> Result<Self> {
         let location = options.location()?;
-        let store = Self { backend: location.open()?, quota, names: std::array::from_fn(|_| Mutex::new(())) };
+        let store = Self {
+            backend: location.open()?,
+            quota,
+            promising: Mutex::default(),
+            names: std::array::from_fn(|_| Mutex::new(())),
+        };
         store.recover().context("checking the store")?;
         Ok(store)
     }
@@ -245,6 +252,16 @@ impl Store {
         self.backend.delete(id)
     }
 
+    /// Removes a complete version if it still is the one with this record, and nobody has deleted it and published
+    /// it anew; whether it was.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn delete_this(&self, id: &Id, record: &Record) -> Result<bool> {
+        let _guard = self.lock(&id.name);
+        Ok(self.record(id)?.as_ref() == Some(record) && self.backend.delete(id)?)
+    }
+
     /// All complete versions of all artifacts, the names sorted, versions newest first. One
     /// whose record cannot be read is left out, with a line in the log.
     ///
@@ -298,16 +315,22 @@ impl Store {
         Ok(self.backend.partial(id, digest)?.map_or(Found::Nothing, Found::Partial))
     }
 
-    /// Begins an upload of `length` bytes, unless there is something of it already.
+    /// Begins an upload of `length` bytes, unless there is something of it already; nothing where there is no room.
     ///
     /// # Errors
     /// When the store fails.
     pub fn begin_upload(&self, id: &Id, digest: &Digest, length: u64) -> Result<Found> {
         let _guard = self.lock(&id.name);
-        match self.find_upload(id, digest)? {
-            Found::Nothing => self.backend.begin(id, digest, length).map(Found::Partial),
-            found => Ok(found),
+        // What was begun counts against the quota as a whole already.
+        let found = self.find_upload(id, digest)?;
+        if !matches!(found, Found::Nothing) {
+            return Ok(found);
         }
+        let _promising = self.promising.lock().unwrap_or_else(PoisonError::into_inner);
+        if length > self.free()? {
+            return Ok(Found::Nothing);
+        }
+        self.backend.begin(id, digest, length).map(Found::Partial)
     }
 
     /// Opens an upload to be added to. What is there is hashed, unless `hashed` says it all:

@@ -22,7 +22,7 @@ pub struct Id {
 
 /// What is known of a complete version. Its file's appearance is the one commit
 /// point of an upload.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Record {
     /// The manifest's digest: the digest of the artifact.
