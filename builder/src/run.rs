@@ -1,15 +1,18 @@
 //! The Job's entry point: compose, pack, publish, start the aggregation, and one line of
 //! JSON that says how it ended.
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use oscontainer_artifact::manifest::Manifest;
 use oscontainer_program::client::ClientOptions;
 use oscontainer_program::exit::{self, Usage};
 use oscontainer_program::options::Global;
 use oscontainer_program::outcome;
-use oscontainer_program::staging::Staging;
+use oscontainer_program::staging::{self, Staging};
 use oscontainer_program::stop;
 use reqwest::Url;
 use serde::Serialize;
@@ -112,11 +115,23 @@ fn run(args: &RunArgs, reporter: &mut Reporter) -> Result<Success> {
         // Before anything else can fail: the next run does not know of it any more.
         compose::commit::keep(&repo, &commit.ref_name, previous)?;
     }
-    let artifact = staging.path().join("artifact");
-    reporter.stage("Packing", &format!("packing {} as {}", commit.ref_name, commit.commit));
-    let packed = pack::pack(&repo, &commit.ref_name, &args.naming, &artifact)?;
-    reporter.stage("Publishing", &format!("publishing to {}", args.endpoint));
-    let published = publish::publish(&artifact, Some(&packed), &args.endpoint, &args.client)?;
+    // The manifest of what was published last under this name.
+    let last = cache.join(format!("published-{}.json", args.naming.name(&commit.ref_name)?));
+    let published = match as_before(args, &commit, &last)? {
+        Some(published) => {
+            tracing::info!("{} is there already, of this commit: nothing is packed", published.manifest_url);
+            published
+        }
+        None => {
+            let artifact = staging.path().join("artifact");
+            reporter.stage("Packing", &format!("packing {} as {}", commit.ref_name, commit.commit));
+            let packed = pack::pack(&repo, &commit.ref_name, &args.naming, &artifact)?;
+            reporter.stage("Publishing", &format!("publishing to {}", args.endpoint));
+            let published = publish::publish(&artifact, Some(&packed), &args.endpoint, &args.client)?;
+            staging::write(&last, &fs::read(&packed.manifest).context("reading the manifest")?)?;
+            published
+        }
+    };
     // A try before this one may have published and gone no further.
     if let Some(started) = args.trigger.start(&published, args.events.job_uid()).context("the artifact is published")? {
         reporter.done("Triggered", &format!("started {started} for {}", published.manifest_digest));
@@ -128,6 +143,25 @@ fn run(args: &RunArgs, reporter: &mut Reporter) -> Result<Success> {
         tracing::warn!("the next run gives disk space back, this one cannot: {}", exit::chain(&error));
     }
     Ok(Success { changed: published.changed, published })
+}
+
+/// What an earlier run published of a commit that did not change, if the endpoint has it still: then there
+/// is nothing to pack. Of the manifest only our own copy is trusted.
+fn as_before(args: &RunArgs, commit: &compose::Commit, last: &Path) -> Result<Option<Published>> {
+    let bytes = match fs::read(last) {
+        Ok(bytes) if !commit.changed => bytes,
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("reading {}", last.display()));
+        }
+        _ => return Ok(None),
+    };
+    // What a newer version wrote may be something else.
+    let Ok(manifest) = Manifest::parse(&bytes) else { return Ok(None) };
+    let named = args.naming.version.as_deref().is_none_or(|version| version == manifest.version.as_str());
+    if !named || manifest.commit.to_string() != commit.commit || manifest.ref_name != commit.ref_name {
+        return Ok(None);
+    }
+    publish::again(&bytes, &args.endpoint, &args.client)
 }
 
 /// Removes old commits from the repository and old packages from the cache.

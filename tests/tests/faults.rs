@@ -240,8 +240,7 @@ fn a_signal_ends_run_wherever_it_waits() {
         ok(tool("ostree").arg("config").arg("--repo").arg(&repo).args(["set", "core.lock-timeout-secs", seconds]));
     };
     patience("600");
-    let running =
-        Running::start(&mut run_with(dir.path(), &endpoint.url(""), &[])).until("there already, with the same digest");
+    let running = Running::start(&mut run_with(dir.path(), &endpoint.url(""), &[])).until("nothing is packed");
     thread::sleep(Duration::from_secs(1));
     running.stop("TERM", dir.path());
     patience("1");

@@ -141,8 +141,7 @@ fn what_dnf_does_not_carry_out_is_refused_with_all_places() {
     let done = fails(&mut compose(dir.path(), &treefile), 3, "use --engine rpm-ostree");
     let [host, base] = ["host.yaml", "base.yaml"].map(|name| dir.path().join(name).display().to_string());
     let expected = format!(
-        "the dnf engine does not carry out cliwrap ({host}:6), gpg-key ({host}:12), ostree-layers ({host}:8, {base}:3), \
-         selinux-label-version ({base}:2): use"
+        "the dnf engine does not carry out cliwrap ({host}:6), selinux-label-version ({base}:2), gpg-key ({host}:12), ostree-layers ({host}:8, {base}:3): use"
     );
     assert!(done.stderr.contains(&expected), "{}", done.stderr);
     let layering = format!("override-remove ({base}:6): for layering on a booted system, not for a compose");

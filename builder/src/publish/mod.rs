@@ -58,6 +58,19 @@ pub struct Published {
     pub changed: bool,
 }
 
+impl Published {
+    fn new(manifest: &Manifest, digest: Digest, url: &Url, changed: bool) -> Self {
+        Self {
+            manifest_url: url.to_string(),
+            manifest_digest: digest.to_string(),
+            commit: manifest.commit.to_string(),
+            ref_name: manifest.ref_name.clone(),
+            version: manifest.version.to_string(),
+            changed,
+        }
+    }
+}
+
 /// Uploads an artifact and prints where it is.
 pub fn main(args: PublishArgs, global: &Global) -> Result<()> {
     stop::on_signals()?;
@@ -79,6 +92,22 @@ pub fn publish(dir: &Path, packed: Option<&Packed>, endpoint: &Url, client: &Cli
     let remote = Remote::new(endpoint, client)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(stop::or(send(&remote, &local, Retry::new(&client.retry))))
+}
+
+/// What was published before with the manifest `bytes`, if `endpoint` has it still.
+///
+/// # Errors
+/// Rejected when this is no manifest; when the endpoint does not say.
+pub fn again(bytes: &[u8], endpoint: &Url, client: &ClientOptions) -> Result<Option<Published>> {
+    let manifest = Manifest::parse(bytes)?;
+    let remote = Remote::new(endpoint, client)?;
+    let url = remote.url(&manifest, FILE)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
+    let mut retry = Retry::new(&client.retry);
+    let asked = retry.run("asking for the manifest", async || remote.stored(&url).await);
+    let stored = runtime.block_on(stop::or(asked))?;
+    let digest = Digest::of(bytes);
+    Ok((stored == Some(digest.to_string())).then(|| Published::new(&manifest, digest, &url, false)))
 }
 
 /// An artifact on disk whose tarball is what its manifest says.
@@ -137,15 +166,7 @@ async fn send(remote: &Remote, local: &Local, mut retry: Retry) -> Result<Publis
             true
         }
     };
-    let manifest = &local.manifest;
-    Ok(Published {
-        manifest_url: manifest_url.to_string(),
-        manifest_digest: digest.to_string(),
-        commit: manifest.commit.to_string(),
-        ref_name: manifest.ref_name.clone(),
-        version: manifest.version.to_string(),
-        changed,
-    })
+    Ok(Published::new(&local.manifest, digest, &manifest_url, changed))
 }
 
 /// Uploads the tarball, from where an earlier try stopped, in this run or another.
