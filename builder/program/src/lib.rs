@@ -2,6 +2,7 @@
 //! exit codes, the HTTP client, files as HTTP responses, and pages for people. It knows
 //! nothing of composing or assembling.
 
+mod activity;
 pub mod client;
 pub mod exit;
 pub mod files;

@@ -1,6 +1,6 @@
 //! Serves a router until SIGTERM or SIGINT, over HTTP/1.1, or over TLS with
 //! HTTP/2 as well, and lets transfers that are under way end. Clients that connect and
-//! then say nothing are hung up on, and connections are limited.
+//! then say nothing, or take nothing of what they asked for, are hung up on, and connections are limited.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::FileTypeExt;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use axum::Router;
 use axum::extract::Request;
 use axum::http::HeaderValue;
@@ -33,6 +33,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+use crate::activity::{Activity, Watched};
 use crate::page::FORWARDED_PROTO;
 use crate::tls::TlsOptions;
 
@@ -47,6 +48,12 @@ const UNSENT: u32 = 256 << 10;
 const BLOCKING: usize = 8;
 /// How often a silent HTTP/2 client is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// Requests at a time over one HTTP/2 connection: for each one a part of its answer is in memory, and a client may
+/// take none of it.
+const STREAMS: u32 = 16;
+/// How long transfers that are under way may take to end when the server stops: clients that dawdle would keep
+/// it for ever.
+const STOP_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long to wait after a connection could not be accepted, mostly for want of
 /// file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -158,7 +165,9 @@ async fn serve_on(workers: &[Handle], listen: SocketAddr, router: Router, option
     }
     drop(listeners);
     tracing::info!("stopping: no new connections, transfers under way may end");
-    graceful.shutdown().await;
+    if tokio::time::timeout(STOP_TIMEOUT, graceful.shutdown()).await.is_err() {
+        tracing::warn!("transfers were cut off that took longer than {} seconds to end", STOP_TIMEOUT.as_secs());
+    }
     Ok(())
 }
 
@@ -262,9 +271,8 @@ impl Client {
         let stream = match stream {
             StdStream::Tcp(stream) => TcpStream::from_std(stream)?,
             StdStream::Unix(stream) => {
-                let stream = TokioIo::new(UnixStream::from_std(stream)?);
-                let served = http1(self.timeout).serve_connection(stream, self.service);
-                return self.watcher.watch(served).await.context("serving");
+                let stream = UnixStream::from_std(stream)?;
+                return Box::pin(local(stream, self.service, self.watcher, self.timeout)).await;
             }
         };
         stream.set_nodelay(true)?;
@@ -274,7 +282,7 @@ impl Client {
         SockRef::from(&stream).set_tcp_user_timeout(Some(self.timeout))?;
         SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT)?;
         match tls {
-            // Apart, for what it needs would be taken for each connection without TLS too.
+            // Apart, as above, for what it needs would be taken for each connection without TLS too.
             Some(config) => Box::pin(secure(stream, config, service, self.watcher, self.timeout)).await,
             None => {
                 let served = http1(self.timeout).serve_connection(TokioIo::new(stream), service);
@@ -308,6 +316,18 @@ impl Service<hyper::Request<Incoming>> for WithPeer {
     }
 }
 
+async fn local(
+    stream: UnixStream,
+    service: TowerToHyperService<Router>,
+    watcher: Watcher,
+    timeout: Duration,
+) -> Result<()> {
+    let activity = Activity::new();
+    let service = Watched::new(service, Arc::clone(&activity));
+    let served = watcher.watch(http1(timeout).serve_connection(TokioIo::new(stream), service));
+    active(served, &activity, timeout).await
+}
+
 async fn secure(
     stream: TcpStream,
     tls: Arc<ServerConfig>,
@@ -321,8 +341,19 @@ async fn secure(
         return watcher.watch(http1(timeout).serve_connection(TokioIo::new(stream), service)).await.context("serving");
     }
     let mut http2 = http2::Builder::new(TokioExecutor::new());
-    http2.timer(TokioTimer::new()).keep_alive_interval(PING_INTERVAL);
-    watcher.watch(http2.serve_connection(TokioIo::new(stream), service)).await.context("serving")
+    http2.timer(TokioTimer::new()).keep_alive_interval(PING_INTERVAL).max_concurrent_streams(STREAMS);
+    let activity = Activity::new();
+    let service = Watched::new(service, Arc::clone(&activity));
+    let served = watcher.watch(http2.serve_connection(TokioIo::new(stream), service));
+    active(served, &activity, timeout).await
+}
+
+/// Serves a connection until it ends, or its client has done nothing for `timeout`.
+async fn active(served: impl Future<Output = hyper::Result<()>>, activity: &Activity, timeout: Duration) -> Result<()> {
+    tokio::select! {
+        served = served => served.context("serving"),
+        () = activity.ends(timeout) => bail!("its client took nothing for {} seconds", timeout.as_secs()),
+    }
 }
 
 /// Each reader takes a socket and a file, and the usual limit of 1,024 is from a time
