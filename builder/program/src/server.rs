@@ -43,7 +43,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const BUFFER: usize = 64 << 10;
 /// Bytes that the kernel takes from us for a client before it has sent those before: a client that reads
 /// slowly, or not at all, would have it keep megabytes.
-const UNSENT: u32 = 256 << 10;
+const UNSENT: u32 = 512 << 10;
 /// Threads for each core that read large files: as many as disks can serve at a time, and no more.
 const BLOCKING: usize = 8;
 /// How often a silent HTTP/2 client is asked whether it is there.
