@@ -1,5 +1,5 @@
 //! PUT: what can be refused from the headers is refused before the body is read;
-//! a body is hashed and written while it comes in, half a mebibyte at a time, on a
+//! a body is hashed and written while it comes in, a quarter of a mebibyte at a time, on a
 //! blocking thread that is held only while there is something to write.
 
 use std::future::pending;
@@ -21,8 +21,8 @@ use super::reply::{Refusal, insert, text};
 use super::routes::{FileName, Shared, blocking};
 use super::store::{Id, Outcome, Received, Record, Upload};
 
-/// How much is hashed and written at a time, in bytes; as much again comes in meanwhile.
-const BATCH: usize = 512 << 10;
+/// How much is hashed, and how much is written at a time, in bytes; as much again comes in meanwhile.
+const BATCH: usize = 256 << 10;
 /// How much of a refused body is read and thrown away, in bytes, and how long: a
 /// connection that is closed under a sending client may lose the reply.
 const LINGER: u64 = 1 << 30;

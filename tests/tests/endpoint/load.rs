@@ -125,3 +125,19 @@ fn clients_that_do_nothing_are_hung_up_on() {
     drop(crowd);
     assert!(!endpoint.stored().iter().any(|path| path.contains(".tmp/") || path.contains("demo/2")));
 }
+
+on_stores!(readers_that_stop_do_not_keep_others_from_the_store: directory Directory, s3 S3);
+
+fn readers_that_stop_do_not_keep_others_from_the_store(kind: Kind) {
+    let endpoint = Endpoint::on(kind, &[]);
+    let tarball = noise(40_000_000, 62);
+    endpoint.store("demo", "1", &tarball);
+    let path = file("demo", "1", "repo.tar");
+    let get = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
+    let mut crowd: Vec<_> = (0..60).map(|_| request(&endpoint, &get)).collect();
+    for reader in &mut crowd {
+        reader.read_exact(&mut [0; 600]).unwrap();
+    }
+    let reply = endpoint.curl(&path, &["--max-time", "30"]);
+    assert!(reply.body == tarball, "{} of {} bytes", reply.body.len(), tarball.len());
+}

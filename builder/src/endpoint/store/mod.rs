@@ -182,7 +182,7 @@ impl Store {
     /// # Errors
     /// When the store fails.
     pub fn receive(&self, id: &Id) -> Result<Upload> {
-        Ok(Upload::new(Some(self.backend.receive(id)?)))
+        Ok(Upload::new(Some(self.backend.receive(id)?), Hashed::default()))
     }
 
     /// Keeps a tarball for the version, to be picked by its manifest.
@@ -341,8 +341,7 @@ impl Store {
     pub fn append(&self, id: &Id, digest: &Digest, partial: Partial, hashed: Option<Hashed>) -> Result<Appending> {
         let mut hashed = hashed.filter(|hashed| hashed.is_of(&partial)).unwrap_or_default();
         let sink = self.backend.append(id, digest, &partial, &mut hashed)?;
-        let upload = Upload { sink: Some(sink), hasher: hashed.hasher, size: hashed.offset };
-        Ok(Appending { upload, length: partial.length })
+        Ok(Appending { upload: Upload::new(Some(sink), hashed), length: partial.length })
     }
 
     /// Ends an upload that has all its bytes: the tarball waits for its manifest now.

@@ -28,17 +28,18 @@ const SEGMENT: (u64, u64) = (256 << 10, 16 << 20);
 /// How many segments of one upload are written at the same time.
 const WRITERS: usize = 3;
 /// Bytes that all readers together hold in memory, as long as each gets the least of [`PIECE`].
-const READING: u64 = 64 << 20;
+const READING: u64 = 32 << 20;
 /// The least and the most bytes that are read at a time.
 const PIECE: (u64, u64) = (32 << 10, 8 << 20);
 /// How many pieces of one file are read at the same time, and how many in a crowd.
 const READERS: (usize, usize) = (3, 1);
 /// How many files are sent at the same time in a crowd.
 const CROWD: u64 = 64;
-/// A piece of no more bytes is one that is read in a crowd.
-const CROWDED: u64 = 2 * PIECE.0;
 /// Reads at the same time, of all files: each has a connection, and that has memory.
-static READS: Semaphore = Semaphore::const_new(64);
+static READS: Semaphore = Semaphore::const_new(48);
+
+/// Bytes that readers hold, or are about to.
+static HELD: AtomicU64 = AtomicU64::new(0);
 
 /// How many uploads come in.
 static UPLOADS: AtomicU64 = AtomicU64::new(0);
@@ -62,6 +63,22 @@ impl Active {
     /// Each one's share of `budget`, of which `at_once` and one more are in memory.
     fn share(&self, budget: u64, at_once: usize, (least, most): (u64, u64)) -> u64 {
         (budget / self.count() / (at_once as u64 + 1)).clamp(least, most)
+    }
+}
+
+/// A piece that is in memory, or will be soon.
+struct Held(u64);
+
+impl Held {
+    fn new(length: u64) -> Self {
+        HELD.fetch_add(length, Ordering::Relaxed);
+        Self(length)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.fetch_sub(self.0, Ordering::Relaxed);
     }
 }
 
@@ -172,17 +189,29 @@ impl Segments {
     }
 
     /// `length` bytes from `start` on. A piece is read with a request of its own, and the next ones
-    /// meanwhile: memory is bounded, and a slow reader holds no connection to the store.
+    /// meanwhile, each to its end, whether somebody waits for it or not: memory is bounded, and a slow reader
+    /// holds no connection to the store.
     pub fn stream(self, start: u64, length: u64) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
         let Self { store, objects } = self;
         let active = Active::new(&DOWNLOADS);
         let at_once = if active.count() < CROWD { READERS.0 } else { READERS.1 };
         let pieces = Pieces { objects, object: 0, skip: start, left: length, active, at_once };
-        let reads = futures_util::stream::iter(pieces).map(move |(path, start, length)| {
+        let reads = futures_util::stream::iter(pieces).map(move |Piece { path, start, length, held }| {
             let store = store.clone();
-            async move { piece(&store, &path, start, length).await }
+            // Where nobody wants it any more it ends with this.
+            let mut read = JoinSet::new();
+            read.spawn(async move { piece(&store, &path, start, length).await });
+            async move {
+                let read = read.join_next().await.expect("one was spawned");
+                Ok::<_, io::Error>((read.map_err(io::Error::other).flatten()?, held))
+            }
         });
-        reads.buffered(at_once).map_ok(|buffer| futures_util::stream::iter(Iterator::map(buffer, Ok))).try_flatten()
+        let chunks = |(buffer, held): (Buffer, Held)| {
+            // Until the last of them is taken.
+            let chunk = move |chunk| (Ok(chunk), &held).0;
+            futures_util::stream::iter(Iterator::map(buffer, chunk))
+        };
+        reads.buffered(at_once).map_ok(chunks).try_flatten()
     }
 
     /// Hashes everything from `start` on.
@@ -206,14 +235,22 @@ async fn piece(store: &Operator, path: &str, start: u64, length: u64) -> io::Res
         let text = format!("{path} has {} bytes from {start} on instead of {length}", buffer.len());
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
     }
-    if length <= CROWDED {
+    if length < PIECE.1 {
         // As it came it keeps the connection's buffers, which are larger.
         return Ok(Buffer::from(buffer.to_vec()));
     }
     Ok(buffer)
 }
 
-/// What to read next: path, first byte and length, within one object.
+/// What to read with one request: a part of one object.
+struct Piece {
+    path: String,
+    start: u64,
+    length: u64,
+    held: Held,
+}
+
+/// What to read next.
 struct Pieces {
     objects: Arc<[(String, u64)]>,
     object: usize,
@@ -226,7 +263,7 @@ struct Pieces {
 }
 
 impl Iterator for Pieces {
-    type Item = (String, u64, u64);
+    type Item = Piece;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
@@ -237,11 +274,14 @@ impl Iterator for Pieces {
                 self.object += 1;
                 continue;
             }
-            let length = rest.min(self.left).min(self.active.share(READING, self.at_once, PIECE));
+            // Those who came when there were few, and stand still, may have much.
+            let free = READING.saturating_sub(HELD.load(Ordering::Relaxed)) / (self.at_once as u64 + 1);
+            let share = self.active.share(READING, self.at_once, PIECE).min(free.max(PIECE.0));
+            let length = rest.min(self.left).min(share);
             let start = self.skip;
             self.skip += length;
             self.left -= length;
-            return Some((path.clone(), start, length));
+            return Some(Piece { path: path.clone(), start, length, held: Held::new(length) });
         }
     }
 }

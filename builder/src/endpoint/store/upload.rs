@@ -1,8 +1,10 @@
 //! Files on their way in: written, hashed and counted in one go.
 
-use std::thread;
+use std::panic::resume_unwind;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use oscontainer_artifact::digest::{Digest, Hasher};
 
@@ -27,42 +29,33 @@ impl Hashed {
 
 /// A file on its way in: written, hashed and counted in one go.
 pub struct Upload {
-    pub(super) sink: Option<Box<dyn Sink>>,
-    pub(super) hasher: Hasher,
-    pub(super) size: u64,
+    sink: Option<Box<dyn Sink>>,
+    hashing: Hashing,
+    size: u64,
 }
 
 impl Upload {
-    pub(super) fn new(sink: Option<Box<dyn Sink>>) -> Self {
-        Self { sink, hasher: Hasher::new(), size: 0 }
+    /// One whose bytes go to `sink`, after those that were hashed.
+    pub(super) fn new(sink: Option<Box<dyn Sink>>, hashed: Hashed) -> Self {
+        Self { sink, hashing: Hashing::Idle(hashed.hasher), size: hashed.offset }
     }
 
     /// Hashes and counts only: for a file that is there already.
     pub fn discard() -> Self {
-        Self::new(None)
+        Self::new(None, Hashed::default())
     }
 
-    /// Adds `chunks`: one thread hashes them while this one writes, for each of the two may take
-    /// as long as the network.
+    /// Adds `chunks`: another thread hashes them, while this one writes and the next ones come in, for each of
+    /// these may take as long as the network.
     ///
     /// # Errors
     /// When the store is full or fails.
     pub fn write(&mut self, chunks: &[Bytes]) -> Result<()> {
-        let Self { sink, hasher, size } = self;
-        thread::scope(|scope| {
-            let mut hash = || chunks.iter().for_each(|chunk| hasher.update(chunk));
-            match sink {
-                Some(sink) => {
-                    thread::Builder::new().spawn_scoped(scope, hash).context("starting a thread")?;
-                    sink.write(chunks).context("writing the upload")
-                }
-                None => {
-                    hash();
-                    Ok(())
-                }
-            }
-        })?;
-        *size += chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
+        self.hashing.update(chunks)?;
+        if let Some(sink) = &mut self.sink {
+            sink.write(chunks).context("writing the upload")?;
+        }
+        self.size += chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
         Ok(())
     }
 
@@ -72,7 +65,7 @@ impl Upload {
     /// When the store is full or fails.
     pub fn finish(mut self) -> Result<Received> {
         self.sync()?;
-        Ok(Received { sink: self.sink, digest: self.hasher.digest(), size: self.size })
+        Ok(Received { sink: self.sink, digest: self.hashing.end().digest(), size: self.size })
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -121,7 +114,44 @@ impl Appending {
     /// What was hashed. Where the store has not yet what was written last, it finds that
     /// out by itself.
     pub fn hashed(self) -> Hashed {
-        let Upload { sink, hasher, size } = self.upload;
-        Hashed { hasher, offset: size, segments: sink.map(|sink| sink.segments()).unwrap_or_default() }
+        let Upload { sink, hashing, size } = self.upload;
+        Hashed { hasher: hashing.end(), offset: size, segments: sink.map(|sink| sink.segments()).unwrap_or_default() }
+    }
+}
+
+/// A hasher, in a thread of its own from the first bytes on.
+enum Hashing {
+    Idle(Hasher),
+    Running { chunks: SyncSender<Vec<Bytes>>, thread: JoinHandle<Hasher> },
+}
+
+impl Hashing {
+    /// Hands `chunks` over; waits until those before them are hashed, so that no more than these are in memory.
+    fn update(&mut self, chunks: &[Bytes]) -> Result<()> {
+        if let Self::Idle(hasher) = self {
+            let mut hasher = std::mem::take(hasher);
+            let (sender, receiver) = sync_channel::<Vec<Bytes>>(0);
+            let hash = move || {
+                receiver.iter().flatten().for_each(|chunk| hasher.update(&chunk));
+                hasher
+            };
+            let thread = thread::Builder::new().name("hash".into()).spawn(hash).context("starting a thread")?;
+            *self = Self::Running { chunks: sender, thread };
+        }
+        match self {
+            Self::Running { chunks: sender, .. } => sender.send(chunks.to_vec()).context("hashing the upload"),
+            Self::Idle(_) => bail!("hashing the upload: no thread was started"),
+        }
+    }
+
+    /// The hasher, when it has seen everything.
+    fn end(self) -> Hasher {
+        match self {
+            Self::Idle(hasher) => hasher,
+            Self::Running { chunks, thread } => {
+                drop(chunks);
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+            }
+        }
     }
 }
