@@ -127,6 +127,10 @@ pub enum Trouble {
     Busy(u32),
     /// Answers 200 with this image index itself.
     Answer(String),
+    /// Answers with this, head and body, itself.
+    Says(String),
+    /// Takes the request and does not answer.
+    Silence,
     /// Passes on so many bytes of the answer and closes.
     CutAnswer(usize),
     /// Takes so many bytes of the request's body and closes.
@@ -214,6 +218,15 @@ impl Door {
                 let (kind, length) = ("application/vnd.oci.image.index.v1+json", text.len());
                 let head = format!("Content-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close");
                 return client.write_all(format!("HTTP/1.1 200 x\r\n{head}\r\n\r\n{text}").as_bytes());
+            }
+            Trouble::Says(answer) => {
+                std::io::copy(&mut body, &mut std::io::sink())?;
+                return client.write_all(answer.as_bytes());
+            }
+            Trouble::Silence => {
+                std::io::copy(&mut body, &mut std::io::sink())?;
+                // To the end of the client's patience.
+                return client.read(&mut [0]).map(|_| ());
             }
             Trouble::CutRequest(bytes) => {
                 std::io::copy(&mut body.take(bytes as u64), &mut std::io::sink())?;

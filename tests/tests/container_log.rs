@@ -192,5 +192,7 @@ fn layers_that_are_not_what_fetch_leaves_are_rejected() {
     .unwrap()
     .replace("\"layer\":1", "\"layer\":2");
     change("lie", &|root| write(root, "usr/share/oscontainer/layers/0002.json", &lying), "not the objects");
-    fails(&mut image(&repo, &builds.push("base"), &out), 3, "holds no commit");
+    let mut without = image(&repo, &builds.push("base"), &out);
+    fails(&mut without, 3, "holds no commit");
+    assert_eq!(ok(without.arg("--fresh")).json()["fresh"], true);
 }

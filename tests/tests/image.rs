@@ -207,6 +207,19 @@ fn images_for_several_machines_share_a_name() {
         assert_eq!(raw["manifests"].as_array().unwrap().len(), 2);
         ok(repo.ostree().args(["reset", REF, &format!("{REF}^")]));
     }
+    // Upon what is there, which has nothing for the second machine at first.
+    let name = registry.image("pushed:1");
+    let push = |server: &Path, more: &[&str]| {
+        let mut command = image(&repo.path, &out);
+        command.args(["--tls-verify=false", "--push", name.trim_start_matches("docker://"), "--server"]).arg(server);
+        command.args(more);
+        command
+    };
+    let own = ok(&mut push(&program, &["--index"])).json();
+    fails(&mut push(&server, &[]), 3, &format!("no image for {}: --index adds one", other.0));
+    let both = ok(&mut push(&server, &["--index"])).json();
+    assert_eq!((&own["previous"], &both["previous"]), (&Value::Null, &Value::Null));
+    assert_eq!(ok(&mut push(&program, &["--index"])).json()["previous"], own["digest"]);
     ok(&mut image(&repo.path, &format!("oci:{}:single", layout.display())));
     fails(
         image(&repo.path, &format!("oci:{}:single", layout.display())).arg("--index"),

@@ -170,6 +170,8 @@ fn a_hostile_previous_image_is_rejected() {
     check(&|image| image.replace(1, "\"layer\":1", "\"layer\":2"), "says that it is layer 2");
     check(&|image| image.replace(1, "{\"schemaVersion\":1", "{\"schemaVersion\":2"), "of version 2");
     check(&|image| image.replace(1, "\"directories\":[\"srv\"", "\"directories\":[\"../\""), "has the path");
+    let whiteout = |image: &mut Image| image.replace(1, "\"path\":\"srv/repo/config\"", "\"path\":\"srv/repo/.wh.ig\"");
+    check(&whiteout, "has the path");
     check(&|image| image.replace(1, "\"files\":[", "\"film\":[ "), "cannot be read");
     check(&|image| image.replace(1, "srv/repo/config\0", "srv/repo/confix\0"), "srv/repo/config is expected");
     check(&|image| image.replace(1, "repo_version=1", "repo_version=2"), "srv/repo/config is another");

@@ -258,11 +258,17 @@ fn tokens_for_passwords_and_for_identity_tokens() {
     assert_eq!(count(&door.seen(), "PUT", "/blobs/uploads/"), 5);
     // A token whose time is over: the next one is got.
     let through = at("late:1");
-    for (method, part) in [("HEAD", "/blobs/"), ("POST", "/blobs/uploads/"), ("PUT", "/manifests/")] {
-        first_requests(&door, method, part, 1, Trouble::Status(401));
+    for (method, part, status) in [
+        ("HEAD", "/blobs/", 401),
+        ("POST", "/blobs/uploads/", 401),
+        ("PUT", "/manifests/", 401),
+        // Some only find that a stranger may not write.
+        ("PUT", "/manifests/", 403),
+    ] {
+        first_requests(&door, method, part, 1, Trouble::Status(status));
         issuer.issued();
         ok(plain(&repo, &through).arg("--authfile").arg(&file));
-        assert_eq!(issuer.issued().len(), 2, "{method} {part}");
+        assert_eq!(issuer.issued().len(), 2, "{method} {part} {status}");
         ok(tool("rm").arg("-rf").arg(dir.path().join("registry-0/store/docker/registry/v2/repositories/late")));
     }
 
@@ -277,6 +283,70 @@ fn tokens_for_passwords_and_for_identity_tokens() {
     fs::write(&file, format!("{{\"auths\":{{\"{}\":{{\"identitytoken\":\"x\"}}}}}}", bare.address)).unwrap();
     let mut refused = plain(&repo, &bare.image("host:1"));
     fails(refused.arg("--authfile").arg(&file), 3, "does not say who issues tokens");
+}
+
+#[test]
+fn a_token_may_end_in_the_middle_of_an_upload() {
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    repo.put_noise("blob", 50 << 20, 1);
+    repo.commit(REF, "one");
+    let issuer = Issuer::start(dir.path());
+    let registry = Registry::with_tokens(dir.path(), &issuer);
+    let door = Door::before(&registry.address);
+    let file = dir.path().join("auth.json");
+    fs::write(&file, format!("{{\"auths\":{{\"{}\":{{\"identitytoken\":\"{IDENTITY}\"}}}}}}", door.address)).unwrap();
+    let mut patches = 0;
+    door.set(move |request| {
+        patches += u32::from(request.starts_with("PATCH"));
+        if request.starts_with("PATCH") && patches == 2 { Trouble::Status(401) } else { Trouble::None }
+    });
+    ok(plain(&repo, &format!("docker://{}/host:1", door.address)).arg("--authfile").arg(&file));
+    assert_eq!(issuer.issued().len(), 2);
+    // Whoever issues tokens cannot send the identity token elsewhere.
+    let other = Door::before(&registry.address);
+    let (realm, elsewhere) = (format!("http://{}/token", door.address), format!("http://{}/token", other.address));
+    let empty = "Content-Length: 0\r\nConnection: close\r\n\r\n";
+    let challenge = format!("HTTP/1.1 401 x\r\nWWW-Authenticate: Bearer realm=\"{realm}\",service=\"s\"\r\n{empty}");
+    let redirect = format!("HTTP/1.1 307 x\r\nLocation: {elsewhere}\r\n{empty}");
+    door.set(move |request| match request {
+        "GET /v2/" => Trouble::Says(challenge.clone()),
+        "POST /token" => Trouble::Says(redirect.clone()),
+        _ => Trouble::None,
+    });
+    let mut refused = plain(&repo, &format!("docker://{}/host:1", door.address));
+    fails(refused.arg("--authfile").arg(&file), 3, "/token answered 307");
+    assert_eq!(other.seen(), [""; 0]);
+}
+
+#[test]
+fn a_registry_that_says_nothing_is_given_up() {
+    let behind = Behind::new(1);
+    let Behind { repo, door, .. } = &behind;
+    ok(&mut plain(repo, &behind.at("host:1")));
+    repo.commit(REF, "two");
+    let fails_soon = || {
+        let mut next = plain(repo, &behind.at("new:2"));
+        next.args(["--previous", &behind.at("host:1"), "--stall-timeout=1"]);
+        fails(&mut next, 1, " for 1 s");
+    };
+    for (method, part) in
+        [("GET", "/manifests/"), ("GET", "/blobs/"), ("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PUT", "/manifests/")]
+    {
+        first_requests(door, method, part, u32::MAX, Trouble::Silence);
+        fails_soon();
+    }
+    // Nor is what is sent in one piece waited for.
+    let large = OstreeRepo::new(behind.dir.path(), "large");
+    large.put_noise("blob", 20 << 20, 1);
+    large.commit(REF, "one");
+    door.set(|request| match request.split(' ').next() {
+        Some("PATCH") => Trouble::Status(200),
+        Some("PUT") if request.contains("/uploads/") => Trouble::Silence,
+        _ => Trouble::None,
+    });
+    let mut whole = plain(&large, &behind.at("large:1"));
+    fails(whole.arg("--stall-timeout=1"), 1, "has not got on for");
 }
 
 #[test]
@@ -344,7 +414,7 @@ fn a_registry_that_misbehaves_is_tried_again_or_named() {
     fails(verified.args(["--previous", &at("push0:1"), "--verify-previous"]), 3, "layer 1");
     fails(plain(repo, &layout(dir.path(), "spoilt")).args(["--previous", &at("push0:1")]), 3, "its digest is");
     fs::write(&layer, &bytes[..bytes.len() / 2]).unwrap();
-    fails(plain(repo, &layout(dir.path(), "spoilt")).args(["--previous", &at("push0:1")]), 1, "downloading the blob");
+    fails(plain(repo, &layout(dir.path(), "spoilt")).args(["--previous", &at("push0:1")]), 3, "answered 416");
     assert!(!dir.path().join("spoilt").exists());
 
     fails(&mut plain(repo, &format!("{}@sha256:{}", at("a:1"), "0".repeat(64))), 2, "names a digest");
@@ -373,6 +443,17 @@ fn an_upload_goes_on_where_it_broke() {
     assert_eq!(count(&seen, "POST", "/blobs/uploads/"), begun, "no upload began anew: {seen:#?}");
     assert!(count(&seen, "GET", "/blobs/uploads/") >= 3, "{seen:#?}");
     assert_eq!(count(&seen, "PATCH", ""), chunks + count(&seen, "GET", "/blobs/uploads/"), "{seen:#?}");
+    // What is lost may be the last answer alone.
+    let mut large = false;
+    door.set(move |request| {
+        large |= request.starts_with("PATCH");
+        let lost = large && request.starts_with("PUT") && request.contains("/blobs/uploads/");
+        large &= !lost;
+        if lost { Trouble::CutAnswer(0) } else { Trouble::None }
+    });
+    assert!(ok(&mut plain(repo, &image_at("lost:1"))).stderr.contains("next try in"));
+    let seen = door.seen();
+    assert_eq!((count(&seen, "POST", "/uploads/"), count(&seen, "PATCH", "")), (begun, chunks), "{seen:#?}");
 }
 
 #[test]
@@ -432,6 +513,10 @@ fn documents_are_attached() {
     door.seen();
     ok(&mut plain(&repo, &format!("docker://{}/host:1", door.address)));
     assert_eq!(count(&door.seen(), "PUT", &tag), 0);
+    // One that does not say where a manifest is now.
+    first_requests(&door, "PUT", "/manifests/sha256", u32::MAX, Trouble::Status(201));
+    let done = ok(&mut plain(&repo, &format!("docker://{}/ecr:1", door.address)));
+    assert!(!done.stderr.contains("takes no attached documents"), "{}", done.stderr);
     // One that refuses such manifests gets the image all the same.
     first_requests(&door, "PUT", "/manifests/sha256:", u32::MAX, Trouble::Status(400));
     let done = ok(&mut plain(&repo, &format!("docker://{}/other:1", door.address)));

@@ -66,6 +66,35 @@ fn two_thousand_clients_of_a_large_object_take_little_memory() {
 }
 
 #[test]
+fn two_thousand_clients_that_take_nothing_of_small_objects_take_little_memory() {
+    raise_file_limit();
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    repo.put_noise("blob", 60 << 10, 1);
+    repo.commit("a/ref", "one");
+    let (path, content) = largest(&repo);
+    let mut command = aggregator();
+    command.args(["serve", "--client-timeout=600", "--repo"]).arg(&repo.path);
+    let mut server = Server::start(&mut command);
+    // More than the kernel takes for each.
+    let get = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").repeat(10);
+    let mut clients: Vec<_> = (0..2000).map(|_| request(&server, &get)).collect();
+    for client in &mut clients {
+        let mut head = [0; 12];
+        client.read_exact(&mut head).unwrap();
+        assert!(&head == b"HTTP/1.1 200", "{}", String::from_utf8_lossy(&head));
+    }
+    let peak = peak_memory(server.child().id());
+    println!("a peak of {peak} KiB");
+    assert!(peak < 40 << 10, "a peak of {peak} KiB");
+    for mut client in clients.into_iter().step_by(500) {
+        let mut rest = vec![0; content.len() + 1000];
+        client.read_exact(&mut rest).unwrap();
+        assert!(rest.windows(1000).any(|part| part == &content[content.len() - 1000..]));
+    }
+}
+
+#[test]
 fn clients_that_do_nothing_are_hung_up_on() {
     let dir = TempDir::new().unwrap();
     let repo = large(dir.path());

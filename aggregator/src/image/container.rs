@@ -17,7 +17,7 @@ use oscontainer_program::reject;
 use tar::EntryType;
 
 use super::facts::Commit;
-use super::index::{self, DIRECTORY, FileEntry, Index, REPO};
+use super::index::{self, Budget, DIRECTORY, FileEntry, Index, REPO};
 use super::layer::Layer;
 use super::log::Log;
 use super::stored_gzip::Hashing;
@@ -25,6 +25,12 @@ use crate::repo::{self, Repository};
 
 /// The first index that a container build writes: the layer below is the server's, without one.
 const FIRST: u32 = 1;
+
+/// Bytes of what may come before an entry of a tar: its header, and its names and attributes where that has no
+/// room for them. Readers keep these in memory.
+const MAX_HEADERS: u64 = 1 << 20;
+/// Bytes that an entry counts, beside its name, among those of an image's indexes.
+const ENTRY: u64 = 100;
 
 /// What `fetch` added to a repository.
 pub struct Added<'a> {
@@ -103,13 +109,14 @@ fn read_indexes(directory: &Path) -> Result<BTreeMap<u32, Index>> {
 /// compared with the index in it, and the digests with those that the image has for it.
 ///
 /// # Errors
-/// Rejected when it is damaged, hides what earlier layers hold, or has objects of a
-/// repository but no index that says so.
-pub fn scan(blob: impl Read, number: u32, expected: &Layer) -> Result<Index> {
+/// Rejected when it is damaged, hides what earlier layers hold, has objects of a
+/// repository but no index that says so, or more than `budget` has room for.
+pub fn scan(blob: impl Read, number: u32, expected: &Layer, budget: &Budget) -> Result<Index> {
     let mut found = Index::new(number);
     let mut own = None;
     walk(blob, Some(expected), |entry, content| {
         let path = entry.path;
+        budget.take(path.len() as u64 + ENTRY)?;
         if entry.kind == EntryType::Directory {
             found.directories.push(path.to_owned());
         } else if entry.kind != EntryType::Regular {
@@ -122,6 +129,7 @@ pub fn scan(blob: impl Read, number: u32, expected: &Layer) -> Result<Index> {
             if own.is_some() || entry.size > index::MAX_SIZE {
                 reject!("it has more than one index, or one that is too large");
             }
+            budget.take(entry.size)?;
             let mut bytes = Vec::new();
             content.read_to_end(&mut bytes)?;
             own = Some(Index::parse(&bytes, number)?);
@@ -183,6 +191,9 @@ pub fn file(blob: impl Read, path: &str) -> Result<Vec<u8>> {
     let mut found = None;
     walk(blob, None, |entry, content| {
         if entry.path == path && entry.kind == EntryType::Regular {
+            if entry.size > index::MAX_FILE {
+                reject!("it has {} bytes, the limit is {}", entry.size, index::MAX_FILE);
+            }
             content.read_to_end(found.insert(Vec::new()))?;
         }
         Ok(())
@@ -218,9 +229,12 @@ fn walk(
         false => anyhow::Error::from(Rejected::new(format!("it is no tar with gzip, or is damaged: {error}"))),
     };
     let file = Hashing::new(Watched { input: blob, failed: &failed })?;
-    let mut archive = tar::Archive::new(Hashing::new(MultiGzDecoder::new(file))?);
+    let left = Cell::new(Some(MAX_HEADERS));
+    let tar = Headers { input: Hashing::new(MultiGzDecoder::new(file))?, left: &left };
+    let mut archive = tar::Archive::new(tar);
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
+        left.set(None);
         let path = match std::str::from_utf8(&entry.path_bytes()) {
             Ok(path) => path.trim_start_matches("./").trim_matches('/').to_owned(),
             Err(_) => reject!("it has an entry whose name is not UTF-8"),
@@ -233,8 +247,10 @@ fn walk(
             let about = Entry { path: &path, kind: entry.header().entry_type(), size: entry.size(), executable };
             visit(&about, &mut entry).with_context(|| format!("reading {path}"))?;
         }
+        io::copy(&mut entry, &mut io::sink()).map_err(damaged)?;
+        left.set(Some(MAX_HEADERS));
     }
-    let mut tar = archive.into_inner();
+    let mut tar = archive.into_inner().input;
     io::copy(&mut tar, &mut io::sink()).map_err(damaged)?;
     let (diff_id, gzip) = tar.finish()?;
     let mut file = gzip.into_inner();
@@ -245,6 +261,26 @@ fn walk(
             reject!("its digests are {digest} and {diff_id}, the image says {} and {}", layer.digest, layer.diff_id)
         }
         _ => Ok(()),
+    }
+}
+
+/// Bounds what is read before an entry.
+struct Headers<'a, R> {
+    input: R,
+    /// How many bytes there may still be; nothing within an entry.
+    left: &'a Cell<Option<u64>>,
+}
+
+impl<R: Read> Read for Headers<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.input.read(buffer)?;
+        if let Some(left) = self.left.get() {
+            let left = left.checked_sub(count as u64).ok_or_else(|| {
+                io::Error::new(ErrorKind::InvalidData, "an entry's headers are larger than a mebibyte")
+            })?;
+            self.left.set(Some(left));
+        }
+        Ok(count)
     }
 }
 

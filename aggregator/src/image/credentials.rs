@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use oci_client::Reference;
-use oci_client::secrets::RegistryAuth;
 use oscontainer_program::exit::Usage;
 
 /// What proves who we are.
@@ -22,16 +21,6 @@ pub enum Credentials {
     /// An identity token, as `docker login` keeps it for registries that log in with a browser: who issues tokens
     /// for the registry gives some for it, and for nothing else.
     Identity(String),
-}
-
-impl Credentials {
-    /// What the OCI client can show by itself, where no token is asked for.
-    pub fn auth(&self) -> RegistryAuth {
-        match self {
-            Self::Password(user, password) => RegistryAuth::Basic(user.clone(), password.clone()),
-            Self::None | Self::Identity(_) => RegistryAuth::Anonymous,
-        }
-    }
 }
 
 /// What proves to the registry of `reference` who we are, if any file knows it.

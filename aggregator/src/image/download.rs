@@ -3,12 +3,13 @@
 use std::io::{self, ErrorKind, Read};
 
 use anyhow::Result;
-use oci_client::client::{BlobResponse, Client};
-use oci_client::manifest::OciDescriptor;
+use bytes::{Buf, Bytes};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_program::retry::Retry;
-use tokio_util::io::{StreamReader, SyncIoBridge};
+use reqwest::header::RANGE;
+use reqwest::{Method, Response, StatusCode, Url};
 
+use super::refusal::answered;
 use super::registry::Registry;
 
 /// Bytes of a download's first part, which has a small index and all of its block, and of its
@@ -20,76 +21,101 @@ const LARGEST_PART: u64 = 256 << 20;
 pub struct Download<'a> {
     registry: &'a Registry,
     retry: Retry,
-    digest: String,
-    size: u64,
+    digest: Digest,
     position: u64,
+    /// Where to stop.
+    end: u64,
     part: u64,
-    /// Bytes that the current part still has.
+    current: Option<Part>,
+}
+
+/// A part that comes.
+struct Part {
+    answer: Response,
+    /// Bytes that have come and are not read yet.
+    bytes: Bytes,
+    /// Bytes that are still to be read, with these.
     left: u64,
-    current: Option<Box<dyn Read>>,
+    /// Bytes before the part, from a registry without ranges.
+    before: u64,
 }
 
 impl<'a> Download<'a> {
-    /// The blob `digest`, which has `size` bytes, from `position` on.
-    pub fn new(registry: &'a Registry, digest: &Digest, size: u64, position: u64) -> Self {
-        let (digest, retry) = (digest.to_string(), registry.patience());
-        Self { registry, retry, digest, size, position, part: FIRST_PART, left: 0, current: None }
+    /// The blob `digest`, which has `size` bytes, between two places in it.
+    pub fn new(registry: &'a Registry, digest: &Digest, size: u64, (from, end): (u64, u64)) -> Self {
+        let retry = registry.patience();
+        let (digest, end) = (*digest, end.min(size));
+        Self { registry, retry, digest, position: from, end, part: FIRST_PART, current: None }
     }
 
-    fn open(&mut self) -> Result<()> {
-        let (from, length) = (self.position, self.part.min(self.size - self.position));
-        let registry = self.registry;
-        let layer =
-            OciDescriptor { digest: self.digest.clone(), size: i64::try_from(self.size)?, ..Default::default() };
-        let ask = async |client: &Client| {
-            client.pull_blob_stream_partial(registry.reference(), &layer, from, Some(length)).await
-        };
-        let response = registry.attempt(&format!("downloading the blob {}", self.digest), ask)?;
-        let read = |stream| SyncIoBridge::new_with_handle(StreamReader::new(stream), registry.runtime());
+    fn open(&mut self) -> Result<Part> {
+        let (from, length) = (self.position, self.part.min(self.end - self.position));
+        let access = self.registry.access();
+        let url = self.registry.url(&format!("blobs/{}", self.digest))?;
+        let range = format!("bytes={from}-{}", from + length - 1);
+        let answer = self.registry.attempt(&self.what(), async || ask(access, &url, &range).await)?;
         self.part = (self.part * 16).min(LARGEST_PART);
-        match response {
-            BlobResponse::Partial(stream) => {
-                self.left = length;
-                self.current = Some(Box::new(read(stream.stream)));
+        let partial = answer.status() == StatusCode::PARTIAL_CONTENT;
+        // A registry without ranges sends all of it.
+        let (left, before) = if partial { (length, 0) } else { (self.end - from, from) };
+        Ok(Part { answer, bytes: Bytes::new(), left, before })
+    }
+
+    fn what(&self) -> String {
+        format!("downloading the blob {}", self.digest)
+    }
+}
+
+async fn ask(access: &super::connection::Access, url: &Url, range: &str) -> Result<Response> {
+    let connection = &access.connection;
+    let answer = access.send(Method::GET, url, connection.stall, |request| request.header(RANGE, range)).await?;
+    match answer.status() {
+        StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(answer),
+        _ => Err(answered(answer, connection).await),
+    }
+}
+
+impl Part {
+    fn read(&mut self, buffer: &mut [u8], registry: &Registry) -> Result<usize> {
+        let connection = &registry.access().connection;
+        while self.bytes.is_empty() {
+            match connection.runtime.block_on(connection.more(&mut self.answer))? {
+                Some(bytes) => self.bytes = bytes,
+                None => return Err(io::Error::from(ErrorKind::UnexpectedEof).into()),
             }
-            // A registry without ranges sends all of it.
-            BlobResponse::Full(stream) => {
-                let mut reader = read(stream.stream);
-                io::copy(&mut reader.by_ref().take(from), &mut io::sink())?;
-                self.left = self.size - from;
-                self.current = Some(Box::new(reader));
-            }
+            let skipped = self.before.min(self.bytes.len() as u64);
+            self.bytes.advance(skipped as usize);
+            self.before -= skipped;
         }
-        Ok(())
+        let count = self.bytes.len().min(buffer.len()).min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        self.bytes.copy_to_slice(&mut buffer[..count]);
+        self.left -= count as u64;
+        Ok(count)
     }
 }
 
 impl Read for Download<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            if self.position >= self.size || buffer.is_empty() {
+            if self.position >= self.end || buffer.is_empty() {
                 return Ok(0);
             }
-            if self.current.is_none() {
-                self.open().map_err(io::Error::other)?;
-            }
-            let length = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
-            let read = self.current.as_mut().map_or(Ok(0), |current| current.read(&mut buffer[..length]));
-            match read {
-                Ok(count) if count > 0 => {
+            let mut part = match self.current.take() {
+                Some(part) => part,
+                None => self.open().map_err(io::Error::other)?,
+            };
+            match part.read(buffer, self.registry) {
+                Ok(count) => {
                     self.position += count as u64;
-                    self.left -= count as u64;
-                    if self.left == 0 {
-                        self.current = None;
+                    if part.left > 0 {
+                        self.current = Some(part);
                     }
                     self.retry.progress();
                     return Ok(count);
                 }
-                broken => {
-                    self.current = None;
-                    let error = broken.err().unwrap_or_else(|| ErrorKind::UnexpectedEof.into());
-                    let what = format!("downloading the blob {}", self.digest);
-                    self.registry.pause(&mut self.retry, &what, error.into()).map_err(io::Error::other)?;
+                Err(error) => {
+                    let what = self.what();
+                    self.registry.pause(&mut self.retry, &what, error).map_err(io::Error::other)?;
                 }
             }
         }

@@ -4,6 +4,7 @@
 //! each layer's start is enough. The format is in docs/image.md.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow};
 use oscontainer_artifact::digest::{Checksum, Digest};
@@ -19,8 +20,12 @@ pub const MEDIA_TYPE: &str = "application/vnd.oscontainer.layer.v1+json";
 pub const DIRECTORY: &str = "usr/share/oscontainer/layers";
 /// The repository in the image.
 pub const REPO: &str = "srv/repo";
-/// The largest index that is read, in bytes: room for three million objects.
+/// The largest index that is read, and the most that an image's may have together, in bytes: room for three
+/// million objects.
 pub const MAX_SIZE: u64 = 256 << 20;
+/// The largest file that is read into memory, in bytes: detached metadata, which libostree takes up to twice that
+/// size (`OSTREE_MAX_METADATA_SIZE`).
+pub const MAX_FILE: u64 = 64 << 20;
 /// The longest path, in bytes: a ref of 255 bytes below the repository, and some room.
 const MAX_PATH: usize = 512;
 
@@ -232,6 +237,27 @@ impl Index {
     }
 }
 
+/// What is left of the bytes that the indexes of an image may have together; several threads take of it.
+pub struct Budget(AtomicU64);
+
+impl Budget {
+    /// All of it.
+    pub fn new() -> Self {
+        Self(AtomicU64::new(MAX_SIZE))
+    }
+
+    /// Takes `bytes` of it.
+    ///
+    /// # Errors
+    /// Rejected when no so many are left.
+    pub fn take(&self, bytes: u64) -> Result<()> {
+        match self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes)) {
+            Ok(_) => Ok(()),
+            Err(_) => reject!("its layers' indexes are larger than the limit of {MAX_SIZE} bytes"),
+        }
+    }
+}
+
 /// The path of the index of layer number `layer`.
 pub fn path(layer: u32) -> String {
     format!("{DIRECTORY}/{}", file_name(layer))
@@ -251,5 +277,6 @@ pub fn number(name: &str) -> Option<u32> {
 fn valid_path(path: &str) -> bool {
     path.len() <= MAX_PATH
         && path.bytes().all(|b| b.is_ascii_graphic())
-        && path.split('/').all(|component| !matches!(component, "" | "." | ".."))
+        // Names that start so remove what earlier layers hold (OCI image specification, "Whiteouts").
+        && path.split('/').all(|component| !matches!(component, "" | "." | "..") && !component.starts_with(".wh."))
 }

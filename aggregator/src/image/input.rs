@@ -38,21 +38,22 @@ impl Input {
         })
     }
 
-    /// What `reference` names: a manifest or an image index. A tag is resolved once, here.
+    /// What `reference` names: a manifest or an image index; nothing if the registry has none. A tag is resolved
+    /// once, here.
     ///
     /// # Errors
-    /// When there is no such image, or its digest is wrong.
-    pub fn image(&self, reference: &Reference) -> Result<(Descriptor, Vec<u8>)> {
+    /// When a layout has no such image, or its digest is wrong.
+    pub fn image(&self, reference: &Reference) -> Result<Option<(Descriptor, Vec<u8>)>> {
         match (self, reference) {
             (Self::Layout(layout), Reference::Layout { tag, .. } | Reference::Archive { tag, .. }) => {
                 let image = layout::choose(layout.images()?, tag.as_deref())?;
                 let bytes = self.manifest(&image)?;
-                Ok((image, bytes))
+                Ok(Some((image, bytes)))
             }
             (Self::Registry(registry), _) => {
-                let bytes = registry.manifest(None)?;
+                let Some(bytes) = registry.find(registry.reference())? else { return Ok(None) };
                 let media_type = media_type(&bytes)?;
-                Ok((document::descriptor(media_type, bytes.len() as u64, Digest::of(&bytes))?, bytes))
+                Ok(Some((document::descriptor(media_type, bytes.len() as u64, Digest::of(&bytes))?, bytes)))
             }
             _ => reject!("{reference} lies somewhere else"),
         }
@@ -65,7 +66,7 @@ impl Input {
     pub fn manifest(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
         match self {
             Self::Layout(_) => self.document(descriptor),
-            Self::Registry(registry) => registry.manifest(Some(&digest(descriptor)?)),
+            Self::Registry(registry) => registry.manifest(&digest(descriptor)?),
         }
     }
 
@@ -79,7 +80,7 @@ impl Input {
             reject!("its document {expected} has {size} bytes, the limit is {MAX_DOCUMENT}");
         }
         let mut bytes = Vec::new();
-        self.blob(&expected, size, 0)?.take(size + 1).read_to_end(&mut bytes)?;
+        self.blob(&expected, size, (0, size))?.take(size + 1).read_to_end(&mut bytes)?;
         let found = Digest::of(&bytes);
         if found != expected {
             reject!("its document {expected} has the digest {found}");
@@ -87,14 +88,14 @@ impl Input {
         Ok(bytes)
     }
 
-    /// A blob of `size` bytes from its byte `from` on.
+    /// A blob of `size` bytes from one of its bytes to another; out of a layout more may come.
     ///
     /// # Errors
     /// Rejected when it is missing or has another size.
-    pub fn blob(&self, digest: &Digest, size: u64, from: u64) -> Result<Box<dyn Read + '_>> {
+    pub fn blob(&self, digest: &Digest, size: u64, part: (u64, u64)) -> Result<Box<dyn Read + '_>> {
         match self {
-            Self::Layout(layout) => layout.blob(digest, size, from),
-            Self::Registry(registry) => Ok(registry.blob(digest, size, from)),
+            Self::Layout(layout) => layout.blob(digest, size, part.0),
+            Self::Registry(registry) => Ok(registry.blob(digest, size, part)),
         }
     }
 }

@@ -12,7 +12,7 @@ use oscontainer_artifact::tarball::{self, END, Kind};
 use oscontainer_program::progress::Progress;
 use oscontainer_program::reject;
 
-use super::index::{self, DIRECTORY, Entry, Index};
+use super::index::{self, Budget, DIRECTORY, Entry, Index};
 use super::output::Output;
 use super::previous::damaged;
 use super::stored_gzip::{self, Hashing, StoredGzip};
@@ -97,8 +97,8 @@ fn file(out: &mut StoredGzip<impl Write>, size: u64, content: &mut dyn Read) -> 
 /// what they say. Nothing after it is read.
 ///
 /// # Errors
-/// Rejected when the layer does not start with an index.
-pub fn read_index(blob: impl Read, number: u32) -> Result<(Vec<u8>, Index)> {
+/// Rejected when the layer does not start with an index, or with one for which `budget` has no room.
+pub fn read_index(blob: impl Read, number: u32, budget: &Budget) -> Result<(Vec<u8>, Index)> {
     let mut tar = stored_gzip::Reader::new(blob).map_err(damaged)?;
     let path = index::path(number);
     // Directories above the index come before it.
@@ -117,6 +117,7 @@ pub fn read_index(blob: impl Read, number: u32) -> Result<(Vec<u8>, Index)> {
         if size > index::MAX_SIZE || block[..] != tarball::header(&path, Kind::File(size))[..] {
             break;
         }
+        budget.take(size)?;
         let mut bytes = Vec::new();
         tar.take(size).read_to_end(&mut bytes).map_err(damaged)?;
         let index = Index::parse(&bytes, number)?;

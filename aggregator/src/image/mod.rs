@@ -7,6 +7,7 @@
 //!     repository ─────▶ source ──────────┼▶ plan ─▶ layer ─▶ output (oci:, oci-archive:, docker://)
 //!     server binary ──▶ server ──────────┘
 
+mod connection;
 pub mod container;
 mod credentials;
 mod document;
@@ -26,6 +27,7 @@ mod reference;
 mod referrers;
 mod refusal;
 mod registry;
+mod registry_output;
 mod section;
 mod server;
 mod source;
@@ -34,8 +36,9 @@ mod token;
 mod upload;
 
 use std::path::PathBuf;
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use oci_spec::image::{Descriptor, MediaType};
 use oscontainer_artifact::digest::Digest;
@@ -44,12 +47,12 @@ use oscontainer_program::options::Global;
 use oscontainer_program::outcome;
 use serde::Serialize;
 
+use connection::RegistryOptions;
 use output::Output;
 use plan::{Limits, Plan};
-use previous::Previous;
+use previous::{Previous, Wanted};
 use reference::Reference;
-use registry::{Registries, RegistryOptions};
-use server::Server;
+use registry::Registries;
 use source::Source;
 
 /// Options of `image`.
@@ -140,15 +143,29 @@ pub fn main(args: ImageArgs, global: &Global) -> Result<()> {
 
 fn assemble(args: &ImageArgs) -> Result<Printed> {
     let registries = Registries::new(&args.registry);
-    let (reference, previous) = places(args, &registries)?;
-    let server = Server::open(args.server.as_deref())?;
-    let source = Source::open(&args.repo, args.ref_name.as_deref())?;
-    let open = |reference: &Reference| {
-        let previous = Previous::open(reference, &registries, args.verify_previous, server.architecture)?;
-        tracing::info!("the previous image {reference} is {}", previous.digest);
-        Ok::<_, anyhow::Error>(previous)
-    };
-    let previous = previous.as_ref().map(open).transpose()?;
+    let (reference, previous) = places(args)?;
+    let server = server::Opened::open(args.server.as_deref())?;
+    let source = source::Opened::open(&args.repo, args.ref_name.as_deref())?;
+    let wanted = previous.as_ref().map(|reference| Wanted {
+        reference,
+        architecture: server.architecture,
+        verify: args.verify_previous,
+        optional: is_push(args),
+        new_machine: args.index || args.fresh,
+    });
+    // Files are read while registries are waited for.
+    let (mut output, previous, server, source) = thread::scope(|scope| {
+        let (server, source) = (scope.spawn(|| server.read()), scope.spawn(|| source.walk()));
+        // Before the image there is read: who may write may read, so one token is enough.
+        let output = Output::create(&reference, &registries)?;
+        let previous = wanted.and_then(|wanted| Previous::open(&wanted, &registries).transpose()).transpose()?;
+        let panicked = |_| anyhow!("a thread panicked");
+        let (server, source) = (server.join().map_err(panicked)?, source.join().map_err(panicked)?);
+        Ok::<_, anyhow::Error>((output, previous, server?, source?))
+    })?;
+    if let Some(previous) = &previous {
+        tracing::info!("the previous image {} is {}", previous.reference(), previous.digest);
+    }
     let limits = Limits {
         fresh: args.fresh,
         keep_commits: args.keep_commits.into(),
@@ -156,7 +173,6 @@ fn assemble(args: &ImageArgs) -> Result<Printed> {
         max_layers: args.max_layers.into(),
     };
     let plan = Plan::new(&source, &server, previous.as_ref(), &limits)?;
-    let mut output = Output::create(&reference, &registries)?;
     let written = write(&mut output, &plan, &source, server.architecture, previous.as_ref())?;
     let finished = output.finish(&written.manifest, server.architecture, &source.commit, args.index)?;
     Ok(Printed {
@@ -166,22 +182,23 @@ fn assemble(args: &ImageArgs) -> Result<Printed> {
         new_bytes: written.new_bytes,
         layers: written.layers,
         fresh: plan.fresh(),
-        previous: previous.map(|previous| previous.digest),
+        previous: previous.as_ref().map(|previous| previous.digest),
     })
 }
 
+/// Whether the image goes upon what is in the registry. A variable that is set to nothing is not set.
+fn is_push(args: &ImageArgs) -> bool {
+    args.push.as_ref().is_some_and(|name| !name.is_empty())
+}
+
 /// Where the image goes, and where the one before it is.
-fn places(args: &ImageArgs, registries: &Registries<'_>) -> Result<(Reference, Option<Reference>)> {
+fn places(args: &ImageArgs) -> Result<(Reference, Option<Reference>)> {
     let parse = |option: &str, text: &str| -> Result<Reference> {
         Ok(text.parse().map_err(|e| Usage(format!("--{option} {text}: {e}")))?)
     };
-    // A variable that is set to nothing is not set.
-    if let Some(name) = args.push.as_deref().filter(|name| !name.is_empty()) {
+    if let Some(name) = args.push.as_deref().filter(|_| is_push(args)) {
         let reference = parse("push", &format!("docker://{name}"))?;
-        let Reference::Registry(there) = &reference else { unreachable!("docker:// names a registry") };
-        let registry = registries.open(there, true)?;
-        let previous = registry.find(there)?.map(|_| reference.clone());
-        return Ok((reference, previous));
+        return Ok((reference.clone(), Some(reference)));
     }
     let Some(output) = &args.output else { return Err(Usage("--output or --push is needed".into()).into()) };
     Ok((parse("output", output)?, args.previous.as_deref().map(|text| parse("previous", text)).transpose()?))

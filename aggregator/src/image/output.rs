@@ -2,22 +2,20 @@
 
 use std::io::{self, Write};
 
-use anyhow::{Context, Result, bail};
-use oci_spec::image::{Descriptor, MediaType};
+use anyhow::Result;
+use oci_spec::image::MediaType;
 use oscontainer_artifact::digest::Digest;
-use oscontainer_program::exit::{self, Usage};
+use oscontainer_program::exit::Usage;
 
 use super::facts::Commit;
 use super::layer::Layer;
 use super::layout_output::LayoutOutput;
 use super::previous::Previous;
 use super::reference::Reference;
-use super::registry::{Registries, Registry};
+use super::registry::Registries;
+use super::registry_output::RegistryOutput;
 use super::stored_gzip::Hashing;
-use super::{document, input, referrers};
-
-/// How often an image is added to an image index that others change.
-const INDEX_TRIES: usize = 20;
+use super::{document, input};
 
 /// Writes the bytes of a blob and gives their digest; the same each time it is called.
 pub type WriteBlob<'a> = &'a mut dyn FnMut(&mut dyn Write) -> Result<Digest>;
@@ -27,7 +25,7 @@ pub enum Output {
     /// A directory or an archive.
     Layout(LayoutOutput),
     /// A repository of a registry.
-    Registry(Box<Registry>),
+    Registry(Box<RegistryOutput>),
 }
 
 impl Output {
@@ -40,10 +38,10 @@ impl Output {
         if name.digest().is_some() {
             return Err(Usage(format!("--output {reference} names a digest: name a tag")).into());
         }
-        Ok(Self::Registry(Box::new(registries.open(name, true)?)))
+        Ok(Self::Registry(Box::new(RegistryOutput::new(registries.open(name, true)?))))
     }
 
-    /// Stores a blob of exactly `size` bytes. For a registry it is written twice: once for its
+    /// Stores a blob of exactly `size` bytes. For a registry a large one is written twice: once for its
     /// digest, and then, unless the registry has it, into the upload; so it never lies on a disk.
     ///
     /// # Errors
@@ -51,13 +49,7 @@ impl Output {
     pub fn blob(&mut self, size: u64, write: WriteBlob<'_>) -> Result<Digest> {
         match self {
             Self::Layout(layout) => layout.blob(size, write),
-            Self::Registry(registry) => {
-                let digest = write(&mut io::sink())?;
-                if !registry.has(&digest)? {
-                    registry.push(&digest, size, write)?;
-                }
-                Ok(digest)
-            }
+            Self::Registry(registry) => registry.blob(size, write),
         }
     }
 
@@ -79,19 +71,7 @@ impl Output {
         match self {
             Self::Layout(layout) if layout.has(layer) => Ok(()),
             Self::Layout(layout) => layout.blob(layer.size, &mut write).map(|_| ()),
-            Self::Registry(registry) => {
-                let (here, from) = (registry.reference(), previous.repository());
-                let same = from.filter(|from| from.registry() == here.registry());
-                // Its index was just read there.
-                let there = same.is_some_and(|from| from.repository() == here.repository());
-                if there || registry.has(&layer.digest)? {
-                    return Ok(());
-                }
-                if same.is_some_and(|from| registry.mount(from, &layer.digest)) {
-                    return Ok(());
-                }
-                registry.push(&layer.digest, layer.size, &mut write)
-            }
+            Self::Registry(registry) => registry.keep(previous, layer, &mut write),
         }
     }
 
@@ -103,7 +83,7 @@ impl Output {
     pub fn finish(self, manifest: &[u8], architecture: &str, commit: &Commit, in_index: bool) -> Result<Finished> {
         let digest = Digest::of(manifest);
         let descriptor = document::descriptor(MediaType::ImageManifest, manifest.len() as u64, digest)?;
-        let machine = document::platform(descriptor.clone(), architecture)?;
+        let machine = document::platform(descriptor, architecture)?;
         let mut index = None;
         match self {
             Self::Layout(mut layout) => {
@@ -118,21 +98,7 @@ impl Output {
                 }
                 layout.finish(named)?;
             }
-            Self::Registry(registry) => {
-                // First, so that whoever sees the image finds them.
-                match referrers::attach(&registry, &descriptor, commit) {
-                    Err(error) if exit::code(&error) == exit::REJECTED => {
-                        tracing::warn!("the registry takes no attached documents: {}", exit::chain(&error));
-                    }
-                    attached => attached.context("attaching the documents of the commit")?,
-                }
-                if in_index {
-                    registry.push_manifest(manifest, &MediaType::ImageManifest, None)?;
-                    index = Some(add_to_index(&registry, &machine)?);
-                } else {
-                    registry.push_manifest(manifest, &MediaType::ImageManifest, Some(registry.tag()))?;
-                }
-            }
+            Self::Registry(registry) => index = registry.finish(manifest, &machine, commit, in_index)?,
         }
         Ok(Finished { digest, index })
     }
@@ -144,21 +110,4 @@ pub struct Finished {
     pub digest: Digest,
     /// The digest of the image index that it is in.
     pub index: Option<Digest>,
-}
-
-/// Adds `manifest` to the image index that the tag names. A registry has no locks: what another
-/// did at the same time is seen afterwards, and then it is done again.
-fn add_to_index(registry: &Registry, manifest: &Descriptor) -> Result<Digest> {
-    let mut written = None;
-    for _ in 0..INDEX_TRIES {
-        let current = registry.tagged(registry.tag())?;
-        let index = document::add_to_index(current.as_deref(), manifest.clone())?;
-        let digest = Digest::of(&index);
-        if written == Some(digest) && current.as_deref() == Some(&index[..]) {
-            return Ok(digest);
-        }
-        registry.push_manifest(&index, &MediaType::ImageIndex, Some(registry.tag()))?;
-        written = Some(digest);
-    }
-    bail!("the image index {} changes all the time", registry.reference())
 }

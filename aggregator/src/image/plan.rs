@@ -112,7 +112,8 @@ impl<'a> Plan<'a> {
                 let mut index = Index::new(new.len() as u32);
                 let sizes = reached.iter().map(|name| {
                     let size = contents.objects.get(name).or_else(|| before.objects.get(name).map(|(_, size)| size));
-                    Ok((*name, *size.with_context(|| format!("object {name} of {commit} is in no layer"))?))
+                    let Some(size) = size else { reject!("object {name} of {commit} is in no layer") };
+                    Ok((*name, *size))
                 });
                 let reached: BTreeMap<_, _> = sizes.collect::<Result<_>>()?;
                 bring(&mut index, &log, &source.commit.ref_name, commit, &reached);
@@ -153,7 +154,10 @@ fn belongs(previous: &Previous, source: &Source, server: &Server, limits: &Limit
         }
         reject!("the previous image is for {found}, the server for {wanted}: --fresh begins a new log of layers");
     }
-    let (found, wanted) = (previous.ref_name()?, source.commit.ref_name.as_str());
+    let (found, wanted) = match previous.ref_name() {
+        Err(_) if limits.fresh => return Ok(false),
+        found => (found?, source.commit.ref_name.as_str()),
+    };
     if found != wanted {
         if limits.fresh {
             return Ok(false);
@@ -242,7 +246,7 @@ struct Sources<'a> {
     server: &'a Server,
     objects: BTreeMap<ObjectName, u64>,
     files: BTreeMap<String, Vec<u8>>,
-    older: Option<(&'a Previous, Places)>,
+    older: Option<(&'a Previous, Places<'a>)>,
 }
 
 impl<'a> Sources<'a> {

@@ -1,6 +1,7 @@
 //! The image before: its manifest, its config and its layers' indexes, checked
 //! against each other. Its layers stay as they are; the next image adds to them.
 
+use std::cell::{RefCell, RefMut};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -14,7 +15,7 @@ use oscontainer_artifact::tarball;
 use oscontainer_program::reject;
 
 use super::container;
-use super::index::{Entry, Index};
+use super::index::{Budget, Entry, Index, MAX_FILE};
 use super::input::{Input, digest};
 use super::layer::{self, Layer};
 use super::parallel::in_order;
@@ -28,6 +29,9 @@ use crate::verify::Check;
 const MAX_LAYERS: usize = 500;
 /// How many layers' indexes are read from a registry at a time.
 const AT_ONCE: usize = 8;
+
+/// Bytes of a layer that are read over rather than asked for anew behind them.
+const NEAR: u64 = 1 << 20;
 
 /// An image that is read.
 pub struct Previous {
@@ -55,11 +59,32 @@ pub struct Kept {
     own: Option<u64>,
 }
 
-/// Where objects lie.
-pub struct Places {
+/// Which image is read.
+pub struct Wanted<'a> {
+    /// Where it is.
+    pub reference: &'a Reference,
+    /// Of several machines' the one for this.
+    pub architecture: &'a str,
+    /// Read all layers in a registry too.
+    pub verify: bool,
+    /// There need not be one.
+    pub optional: bool,
+    /// An image index need not have one for the machine.
+    pub new_machine: bool,
+}
+
+/// Where objects lie, and the layers that are open for them.
+pub struct Places<'a> {
     places: HashMap<ObjectName, Place>,
     /// Objects out of layers that a container build made, for these are compressed.
     spool: Option<File>,
+    open: RefCell<HashMap<usize, Content<'a>>>,
+}
+
+/// The tar of a layer from a place on.
+struct Content<'a> {
+    tar: stored_gzip::Reader<Box<dyn Read + 'a>>,
+    position: u64,
 }
 
 /// Where an object starts, and its size in bytes.
@@ -71,25 +96,39 @@ enum Place {
 }
 
 impl Previous {
-    /// Opens the image at `reference`; of several machines' the one for `architecture`.
+    /// Opens the image that is `wanted`, if there is one.
     /// Of each layer the index is read and compared with what the manifest and the config say;
-    /// all of it is read in a layout, and in a registry if `verify` says so.
+    /// all of it is read in a layout, and in a registry if that is wanted.
     ///
     /// # Errors
     /// [`oscontainer_program::exit::Usage`] when there is no such image; rejected when
     /// it is not an oscontainer or not whole.
-    pub fn open(reference: &Reference, registries: &Registries<'_>, verify: bool, architecture: &str) -> Result<Self> {
+    pub fn open(wanted: &Wanted<'_>, registries: &Registries<'_>) -> Result<Option<Self>> {
         let read = || {
-            let input = Input::open(reference, registries)?;
-            Self::read(input, reference, verify, architecture)
+            let input = Input::open(wanted.reference, registries)?;
+            Self::read(input, wanted)
         };
-        read().with_context(|| format!("reading the previous image {reference}"))
+        read().with_context(|| format!("reading the previous image {}", wanted.reference))
     }
 
-    fn read(input: Input, reference: &Reference, verify: bool, architecture: &str) -> Result<Self> {
-        let (mut image, mut manifest_bytes) = input.image(reference)?;
+    fn read(input: Input, wanted: &Wanted<'_>) -> Result<Option<Self>> {
+        let &Wanted { reference, architecture, verify, .. } = wanted;
+        let (mut image, mut manifest_bytes) = match input.image(reference)? {
+            Some(found) => found,
+            None if wanted.optional => return Ok(None),
+            None => reject!("there is no such image: the registry answered 404"),
+        };
         if *image.media_type() == MediaType::ImageIndex {
-            image = for_machine(&manifest_bytes, architecture)?;
+            image = match for_machine(&manifest_bytes, architecture)? {
+                Some(found) => found,
+                None if wanted.new_machine => {
+                    tracing::info!("the image index {reference} has no image for {architecture} yet");
+                    return Ok(None);
+                }
+                None => {
+                    reject!("it has no image for {architecture}: --index adds one, --fresh begins a new log of layers")
+                }
+            };
             manifest_bytes = input.manifest(&image)?;
         }
         if *image.media_type() != MediaType::ImageManifest {
@@ -111,15 +150,17 @@ impl Previous {
         let described: Vec<_> = layers.iter().zip(diff_ids).collect();
         // Layers that are read whole keep the cores busy one by one.
         let whole = verify || matches!(input, Input::Layout(_));
+        let budget = Budget::new();
         let kept = in_order(described.len(), if whole { 1 } else { AT_ONCE }, |number| {
             let (descriptor, diff_id) = described[number];
-            read_layer(&input, number as u32, descriptor, diff_id, whole)
+            expected(descriptor, diff_id)
+                .and_then(|layer| read_layer(&input, number as u32, layer, &budget, whole))
                 .with_context(|| format!("reading layer {number}"))
         })?;
         if kept.is_empty() {
             reject!("it has no layers");
         }
-        Ok(Self {
+        Ok(Some(Self {
             digest: digest(&image)?,
             manifest: manifest_bytes,
             config: config_bytes,
@@ -127,7 +168,7 @@ impl Previous {
             layers: kept,
             input,
             reference: reference.clone(),
-        })
+        }))
     }
 
     /// The ref of its commits.
@@ -144,6 +185,11 @@ impl Previous {
         }
     }
 
+    /// Where it is.
+    pub fn reference(&self) -> &Reference {
+        &self.reference
+    }
+
     /// The repository that it lies in, if it is one of a registry.
     pub fn repository(&self) -> Option<&oci_client::Reference> {
         match &self.reference {
@@ -157,14 +203,16 @@ impl Previous {
     /// # Errors
     /// When it cannot be read.
     pub fn blob(&self, layer: &Layer) -> Result<Box<dyn Read + '_>> {
-        self.input.blob(&layer.digest, layer.size, 0).with_context(|| format!("reading {}", self.reference))
+        self.input
+            .blob(&layer.digest, layer.size, (0, layer.size))
+            .with_context(|| format!("reading {}", self.reference))
     }
 
     /// Where each of `wanted` lies.
     ///
     /// # Errors
     /// When a layer cannot be read.
-    pub fn places(&self, wanted: impl Fn(&ObjectName) -> bool) -> Result<Places> {
+    pub fn places(&self, wanted: impl Fn(&ObjectName) -> bool) -> Result<Places<'_>> {
         let mut places = HashMap::new();
         let mut spool = None;
         for (number, Kept { layer, index, own }) in self.layers.iter().enumerate() {
@@ -188,17 +236,17 @@ impl Previous {
                 }
             }
         }
-        Ok(Places { places, spool })
+        Ok(Places { places, spool, open: RefCell::default() })
     }
 
     /// The object `name` at one of [`Self::places`]. Its checksum is verified while it is read.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn object<'a>(&'a self, name: ObjectName, places: &'a Places) -> Result<Box<dyn Read + 'a>> {
-        let place = places.places.get(&name).with_context(|| format!("object {name} is not in {}", self.reference))?;
+    pub fn object<'a, 'b>(&'a self, name: ObjectName, places: &'b Places<'a>) -> Result<Box<dyn Read + 'b>> {
+        let Some(place) = places.places.get(&name) else { reject!("object {name} is not in {}", self.reference) };
         let input: Box<dyn Read> = match *place {
-            Place::Layer(layer, start, size) => self.content(layer, start, size)?,
+            Place::Layer(layer, start, size) => Box::new(Opened(self.seek(places, layer, start)?).take(size)),
             Place::Spool(start, size) => {
                 let spool = places.spool.as_ref().context("there is no temporary file")?;
                 Box::new(Section::new(spool, start, size))
@@ -215,6 +263,9 @@ impl Previous {
         let kept = &self.layers[layer];
         let file = kept.index.files.iter().find(|file| file.path == path);
         let file = file.with_context(|| format!("{path} is not in {}", self.reference))?;
+        if file.size > MAX_FILE {
+            reject!("{path} in {} has {} bytes, the limit is {MAX_FILE}", self.reference, file.size);
+        }
         let bytes = match kept.own {
             None => container::file(self.blob(&kept.layer)?, path)?,
             Some(own) => {
@@ -222,7 +273,8 @@ impl Previous {
                 let start = entries.filter(|(entry, _)| matches!(entry, Entry::File(found) if *found == file));
                 let start = start.map(|(_, start)| start).next().context("finding a file")?;
                 let mut bytes = Vec::new();
-                self.content(layer, start, file.size)?.read_to_end(&mut bytes).map_err(damaged)?;
+                let content = self.content(layer, start, start + file.size)?;
+                content.take(file.size).read_to_end(&mut bytes).map_err(damaged)?;
                 bytes
             }
         };
@@ -232,40 +284,83 @@ impl Previous {
         Ok(bytes)
     }
 
-    /// `size` bytes of the layer's tar from `start` on.
-    fn content(&self, layer: usize, start: u64, size: u64) -> Result<Box<dyn Read + '_>> {
-        let Layer { digest, size: whole, .. } = self.layers[layer].layer;
-        let (block, within) = stored_gzip::locate(start);
-        let blob = self.input.blob(&digest, whole, block)?;
-        let mut content = stored_gzip::Reader::at_block(blob);
-        std::io::copy(&mut content.by_ref().take(within), &mut std::io::sink()).map_err(damaged)?;
-        Ok(Box::new(content.take(size)))
+    /// A layer's tar at `start`: the one that is open, if that is not far away, for objects are asked for in the
+    /// order in which they lie there.
+    fn seek<'a, 'b>(&'a self, places: &'b Places<'a>, layer: usize, start: u64) -> Result<RefMut<'b, Content<'a>>> {
+        let mut open = places.open.borrow_mut();
+        let near = |content: &Content<'_>| start.checked_sub(content.position).is_some_and(|gap| gap <= NEAR);
+        if !open.get(&layer).is_some_and(near) {
+            open.insert(layer, self.content(layer, start, u64::MAX)?);
+        }
+        let content = RefMut::filter_map(open, |open| open.get_mut(&layer));
+        let mut content = content.ok().context("opening a layer")?;
+        content.skip_to(start)?;
+        Ok(content)
     }
+
+    /// A layer's tar from `start` to `end`; somewhat more may come.
+    fn content(&self, layer: usize, start: u64, end: u64) -> Result<Content<'_>> {
+        let Layer { digest, size, .. } = self.layers[layer].layer;
+        let (block, within) = stored_gzip::locate(start);
+        let blob = self.input.blob(&digest, size, (block, stored_gzip::end(end)))?;
+        let mut content = Content { tar: stored_gzip::Reader::at_block(blob), position: start - within };
+        content.skip_to(start)?;
+        Ok(content)
+    }
+}
+
+impl Content<'_> {
+    fn skip_to(&mut self, start: u64) -> Result<()> {
+        let gap = start - self.position;
+        std::io::copy(&mut self.take(gap), &mut std::io::sink()).map_err(damaged)?;
+        Ok(())
+    }
+}
+
+impl Read for Content<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.tar.read(buffer)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+/// A layer that is open for one object.
+struct Opened<'a, 'b>(RefMut<'b, Content<'a>>);
+
+impl Read for Opened<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+/// What manifest and config say of a layer.
+fn expected(descriptor: &Descriptor, diff_id: &str) -> Result<Layer> {
+    if *descriptor.media_type() != MediaType::ImageLayerGzip {
+        reject!("it is of the type {}, so it is not a layer of an oscontainer", descriptor.media_type());
+    }
+    Ok(Layer { digest: digest(descriptor)?, size: descriptor.size(), diff_id: diff_id.parse()? })
 }
 
 /// The index of layer number `number` and all that the layer says of itself, which is compared with all of the
 /// layer if `whole` says so.
-fn read_layer(input: &Input, number: u32, descriptor: &Descriptor, diff_id: &str, whole: bool) -> Result<Kept> {
-    if *descriptor.media_type() != MediaType::ImageLayerGzip {
-        reject!("it is of the type {}, so it is not a layer of an oscontainer", descriptor.media_type());
-    }
-    let expected = Layer { digest: digest(descriptor)?, size: descriptor.size(), diff_id: diff_id.parse()? };
-    let mut blob = input.blob(&expected.digest, expected.size, 0)?;
+fn read_layer(input: &Input, number: u32, expected: Layer, budget: &Budget, whole: bool) -> Result<Kept> {
+    let mut blob = input.blob(&expected.digest, expected.size, (0, expected.size))?;
     let mut start = [0; stored_gzip::START];
     blob.read_exact(&mut start).map_err(damaged)?;
     let blob = start.chain(blob);
     if !stored_gzip::is_stored(&start) {
-        let index = container::scan(blob, number, &expected)?;
+        let index = container::scan(blob, number, &expected, budget)?;
         return Ok(Kept { layer: expected, index, own: None });
     }
-    let (bytes, index) = layer::read_index(blob, number)?;
+    let (bytes, index) = layer::read_index(blob, number, budget)?;
     let own = bytes.len() as u64;
     let implied = stored_gzip::size(index.tar_size(own)?);
     if implied != expected.size {
         reject!("it has {} bytes, but its index describes {implied}", expected.size);
     }
     if whole {
-        layer::compare(input.blob(&expected.digest, expected.size, 0)?, &index, &bytes, &expected)?;
+        layer::compare(input.blob(&expected.digest, expected.size, (0, expected.size))?, &index, &bytes, &expected)?;
     }
     Ok(Kept { layer: expected, index, own: Some(own) })
 }
@@ -283,8 +378,8 @@ fn positions(index: &Index, own: u64) -> Vec<(Entry<'_>, u64)> {
     entries.into_iter().zip(starts).collect()
 }
 
-/// The manifest for `architecture` of an image for several machines.
-fn for_machine(bytes: &[u8], architecture: &str) -> Result<Descriptor> {
+/// The manifest for `architecture` of an image for several machines, if there is one.
+fn for_machine(bytes: &[u8], architecture: &str) -> Result<Option<Descriptor>> {
     let index: ImageIndex = parse(bytes, "image index")?;
     let fits = |image: &&Descriptor| {
         image
@@ -292,10 +387,7 @@ fn for_machine(bytes: &[u8], architecture: &str) -> Result<Descriptor> {
             .as_ref()
             .is_some_and(|platform| *platform.os() == Os::Linux && platform.architecture().to_string() == architecture)
     };
-    match index.manifests().iter().find(fits) {
-        Some(image) => Ok(image.clone()),
-        None => reject!("it has no image for {architecture}"),
-    }
+    Ok(index.manifests().iter().find(fits).cloned())
 }
 
 fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T> {

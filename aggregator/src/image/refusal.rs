@@ -4,80 +4,43 @@ use std::error::Error;
 use std::io;
 
 use anyhow::anyhow;
-use oci_client::errors::{OciDistributionError, OciEnvelope, OciErrorCode};
+use oci_client::errors::{OciEnvelope, OciErrorCode};
 use oscontainer_artifact::Rejected;
 use oscontainer_program::client::passing;
 use oscontainer_program::exit;
-use reqwest::{Response, StatusCode, Url};
+use reqwest::{Response, StatusCode};
 
-/// What a registry answers that has no time now.
-pub const BUSY: [u16; 2] = [429, 503];
+use super::connection::Connection;
 
-/// The address that was asked for, where the registry had no time for it.
-pub fn is_busy(error: &OciDistributionError) -> Option<String> {
-    match error {
-        OciDistributionError::ServerError { code, url, .. } => BUSY.contains(code).then(|| url.clone()),
-        OciDistributionError::RegistryError { envelope, url } => is_limit(envelope).then(|| url.clone()),
-        OciDistributionError::RequestError(error) => {
-            error.status().filter(|status| BUSY.contains(&status.as_u16())).and(error.url()).map(Url::to_string)
-        }
-        _ => None,
+/// How much of what a registry says of an error is read, and how much of it is shown, in bytes.
+const MAX_ANSWER: u64 = 64 << 10;
+const MAX_REASON: usize = 512;
+
+/// The error of a request that got no answer, for people; what will stay so is rejected.
+pub fn told(error: reqwest::Error, registry: &str) -> anyhow::Error {
+    if !is_tls(&error) {
+        return error.into();
     }
+    let hint = "--ca-file names the authorities to trust, --tls-verify=false trusts anybody";
+    let reason = exit::chain(&error.into());
+    Rejected::new(format!("{registry} has no TLS that is trusted: {hint}: {reason}")).into()
 }
 
-fn is_limit(envelope: &OciEnvelope) -> bool {
-    envelope.errors.iter().any(|error| matches!(error.code, OciErrorCode::Toomanyrequests))
-}
-
-pub fn is_unauthorized(error: &OciDistributionError) -> bool {
-    match error {
-        OciDistributionError::UnauthorizedError { .. } => true,
-        OciDistributionError::ServerError { code, .. } => *code == 401,
-        OciDistributionError::RequestError(error) => error.status() == Some(StatusCode::UNAUTHORIZED),
-        _ => false,
-    }
-}
-
-/// Whether a registry says that there is no such thing.
-pub fn is_missing(error: &OciDistributionError) -> bool {
-    match error {
-        OciDistributionError::ImageManifestNotFoundError(_) => true,
-        OciDistributionError::ServerError { code, .. } => *code == 404,
-        OciDistributionError::RegistryError { envelope, .. } => envelope.errors.iter().any(|error| {
-            matches!(error.code, OciErrorCode::ManifestUnknown | OciErrorCode::NameUnknown | OciErrorCode::NotFound)
-        }),
-        _ => false,
-    }
-}
-
-/// The error for people; what will stay so is rejected.
-pub fn told(error: OciDistributionError, registry: &str) -> anyhow::Error {
-    match error {
-        OciDistributionError::UnauthorizedError { url } => refused(&url, 401, "", registry),
-        OciDistributionError::ServerError { code, url, message } => refused(&url, code, &message, registry),
-        OciDistributionError::RequestError(error) => match error.status() {
-            Some(status) => refused(error.url().map_or(registry, |url| url.as_str()), status.as_u16(), "", registry),
-            _ if is_tls(&error) => {
-                let hint = "--ca-file names the authorities to trust, --tls-verify=false trusts anybody";
-                let reason = exit::chain(&error.into());
-                Rejected::new(format!("{registry} has no TLS that is trusted: {hint}: {reason}")).into()
-            }
-            _ => error.into(),
-        },
-        OciDistributionError::RegistryError { envelope, url } if is_limit(&envelope) => {
-            anyhow!("{url} answered 429: {envelope}")
-        }
-        OciDistributionError::IoError(error) => error.into(),
-        other => Rejected::new(format!("{registry}: {other}")).into(),
-    }
-}
-
-/// The error for an answer of `registry`, or of who gives tokens for it, that is none of success.
-pub async fn answered(answer: Response, registry: &str) -> anyhow::Error {
-    let (url, status, headers) = (answer.url().to_string(), answer.status().as_u16(), answer.headers().clone());
+/// The error for an answer of a registry, or of who gives tokens for it, that is none of success.
+pub async fn answered(answer: Response, connection: &Connection) -> anyhow::Error {
+    let (url, mut status, headers) = (answer.url().to_string(), answer.status(), answer.headers().clone());
     // The status says enough.
-    let message = answer.text().await.unwrap_or_default();
-    let error = refused(&url, status, &message, registry);
+    let bytes = connection.read(answer, MAX_ANSWER).await.unwrap_or_default();
+    let mut reason = String::from_utf8_lossy(&bytes).into_owned();
+    if let Ok(envelope) = serde_json::from_slice::<OciEnvelope>(&bytes) {
+        // Some say it under another status.
+        if envelope.errors.iter().any(|error| matches!(error.code, OciErrorCode::Toomanyrequests)) {
+            status = StatusCode::TOO_MANY_REQUESTS;
+        }
+        reason = envelope.to_string();
+    }
+    reason.truncate(reason.floor_char_boundary(MAX_REASON));
+    let error = refused(&url, status.as_u16(), &reason, &connection.registry);
     if exit::code(&error) == exit::RETRY { passing(error.to_string(), &headers) } else { error }
 }
 

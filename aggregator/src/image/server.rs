@@ -21,6 +21,14 @@ const PT_INTERP: u32 = 3;
 const MAX_HEADERS: u16 = 256;
 
 /// A static executable, open.
+pub struct Opened {
+    file: File,
+    shown: String,
+    /// OCI's name of the machine that runs it.
+    pub architecture: &'static str,
+}
+
+/// A static executable that was read.
 pub struct Server {
     file: File,
     /// Bytes.
@@ -31,7 +39,7 @@ pub struct Server {
     pub architecture: &'static str,
 }
 
-impl Server {
+impl Opened {
     /// Opens `path`, or the running program.
     ///
     /// # Errors
@@ -53,15 +61,27 @@ impl Server {
                  `make static` leaves a static one at target/static/oscontainer-aggregator; give it by --server"
             ))
         })?;
-        let size = metadata.len();
-        let mut hasher = Hasher::new();
-        hasher
-            .update_from(Section::new(&file, 0, size))
-            .with_context(|| format!("reading the server binary {shown}"))?;
         tracing::info!("the server is {shown}, for {architecture}");
-        Ok(Self { file, size, digest: hasher.digest(), architecture })
+        Ok(Self { file, shown, architecture })
     }
 
+    /// Reads it, which takes as long as much of an update does.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read(self) -> Result<Server> {
+        let Self { file, shown, architecture } = self;
+        let mut hasher = Hasher::new();
+        let read = file.metadata().and_then(|metadata| {
+            hasher.update_from(Section::new(&file, 0, metadata.len()))?;
+            Ok(metadata.len())
+        });
+        let size = read.with_context(|| format!("reading the server binary {shown}"))?;
+        Ok(Server { file, size, digest: hasher.digest(), architecture })
+    }
+}
+
+impl Server {
     /// Its bytes, from the start.
     pub fn content(&self) -> Box<dyn Read + '_> {
         Box::new(Section::new(&self.file, 0, self.size))

@@ -36,6 +36,13 @@ pub fn locate(position: u64) -> (u64, u64) {
     (HEADER.len() as u64 + position / block * (block + 5), position % block)
 }
 
+/// Where in the gzip file the block ends that holds the byte before `position` of the content; in the file's last
+/// block it is beyond the end.
+pub fn end(position: u64) -> u64 {
+    let block = BLOCK as u64;
+    position.div_ceil(block).saturating_mul(block + 5).saturating_add(HEADER.len() as u64)
+}
+
 /// Bytes that tell a gzip file of this form from others.
 pub const START: usize = HEADER.len() + 5;
 
@@ -429,6 +436,14 @@ mod tests {
             let mut back = Vec::new();
             Reader::at_block(&file[block as usize..]).read_to_end(&mut back).unwrap();
             assert!(back[within as usize..] == content[middle..], "{length}");
+            let until = (length / 3..middle).last().unwrap_or(middle);
+            let (block, within) = locate((length / 3) as u64);
+            let part = &file[block as usize..file.len().min(end(until as u64) as usize)];
+            let mut back = vec![0; until - length / 3];
+            let mut reader = Reader::at_block(part);
+            io::copy(&mut reader.by_ref().take(within), &mut io::sink()).unwrap();
+            reader.read_exact(&mut back).unwrap();
+            assert!(back == content[length / 3..until], "{length}");
 
             let read = |bytes: &[u8]| {
                 let mut reader = Reader::new(bytes)?;

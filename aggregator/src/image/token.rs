@@ -1,21 +1,28 @@
 //! Tokens for a registry: who issues them gives some for a password or an identity token, which is what
 //! `docker login` keeps for registries that know no passwords (distribution, "Token Authentication
-//! Specification" and "OAuth2 Token Authentication"). The OCI client knows passwords only, and one
-//! repository at a time, so the two requests are made here.
+//! Specification" and "OAuth2 Token Authentication").
 
 use anyhow::{Context, Result};
 use http_auth::parser::ChallengeParser;
 use oscontainer_program::reject;
 use reqwest::header::{CONTENT_TYPE, WWW_AUTHENTICATE};
-use reqwest::{StatusCode, Url};
+use reqwest::{Method, StatusCode, Url};
 use serde::Deserialize;
 
+use super::connection::{Connection, is_less_safe};
 use super::credentials::Credentials;
-use super::refusal::{answered, told};
-use super::registry::Connection;
+use super::refusal::answered;
 
 /// Who we are for those who issue tokens.
 const CLIENT: &str = "oscontainer";
+/// The largest answer with a token that is read, in bytes; real ones have a few thousand.
+const MAX_ANSWER: u64 = 1 << 20;
+
+/// Who issues tokens for a registry.
+pub struct Issuer {
+    realm: Url,
+    service: String,
+}
 
 /// What the issuer gives; some give both, and they are the same.
 #[derive(Deserialize)]
@@ -24,20 +31,19 @@ struct Issued {
     access_token: Option<String>,
 }
 
-/// Gets a token for `scopes`, `repository:NAME:ACTIONS`; nothing where the registry wants none.
+/// Asks a registry who issues tokens for it; nothing where it wants none.
 ///
 /// # Errors
-/// When the issuer refuses the credentials, or does not answer as the specifications say.
-pub async fn exchange(connection: &Connection, scopes: &[String]) -> Result<Option<String>> {
-    let Connection { registry, credentials, http, .. } = connection;
-    let failed = |error: reqwest::Error| told(error.into(), registry);
-    let asked = http.get(connection.base.clone()).send().await.map_err(failed)?;
+/// When it does not answer as the specifications say.
+pub async fn issuer(connection: &Connection) -> Result<Option<Issuer>> {
+    let Connection { registry, base, credentials, stall, .. } = connection;
+    let asked = connection.send(connection.request(Method::GET, base), *stall).await?;
     if asked.status() != StatusCode::UNAUTHORIZED {
         let fine = asked.status().is_success();
-        return if fine { Ok(None) } else { Err(answered(asked, registry).await) };
+        return if fine { Ok(None) } else { Err(answered(asked, connection).await) };
     }
     let challenge = asked.headers().get(WWW_AUTHENTICATE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let Some((realm, service)) = issuer(challenge) else {
+    let Some((realm, service)) = bearer(challenge) else {
         if matches!(credentials, Credentials::Identity(_)) {
             reject!(
                 "{registry} does not say who issues tokens for it, so the identity token is of no use: {challenge:?}"
@@ -45,45 +51,56 @@ pub async fn exchange(connection: &Connection, scopes: &[String]) -> Result<Opti
         }
         return Ok(None);
     };
-    let mut realm = connection.base.join(&realm).with_context(|| format!("reading the realm {realm}"))?;
-    if connection.base.scheme() == "https" && realm.scheme() != "https" {
+    let realm = base.join(&realm).with_context(|| format!("reading the realm {realm}"))?;
+    if is_less_safe(base, &realm) {
         reject!("{registry} wants its tokens to be asked for at {realm}, which is less safe");
     }
-    let request = match credentials {
+    Ok(Some(Issuer { realm, service }))
+}
+
+/// Gets a token for `scopes`, `repository:NAME:ACTIONS`; nothing where the registry wants none.
+///
+/// # Errors
+/// When the issuer refuses the credentials, or does not answer as the specifications say.
+pub async fn exchange(connection: &Connection, scopes: &[String]) -> Result<Option<String>> {
+    let Some(Issuer { realm, service }) = connection.issuer().await? else { return Ok(None) };
+    let request = match &connection.credentials {
         Credentials::Identity(identity) => {
             let mut form = Url::parse("form:")?;
             form.query_pairs_mut()
                 .append_pair("grant_type", "refresh_token")
-                .append_pair("service", &service)
+                .append_pair("service", service)
                 .append_pair("client_id", CLIENT)
                 .append_pair("scope", &scopes.join(" "))
                 .append_pair("refresh_token", identity);
             let form = form.query().unwrap_or_default().to_owned();
-            http.post(realm).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(form)
+            let request = connection.secret(Method::POST, realm)?;
+            request.header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(form)
         }
         Credentials::Password(..) | Credentials::None => {
-            realm.query_pairs_mut().append_pair("service", &service).extend_pairs(scopes.iter().map(|s| ("scope", s)));
-            let request = http.get(realm);
-            match credentials {
+            let mut realm = realm.clone();
+            realm.query_pairs_mut().append_pair("service", service).extend_pairs(scopes.iter().map(|s| ("scope", s)));
+            let request = connection.request(Method::GET, &realm);
+            match &connection.credentials {
                 Credentials::Password(user, password) => request.basic_auth(user, Some(password)),
                 _ => request,
             }
         }
     };
-    let answer = request.send().await.map_err(failed)?;
+    let answer = connection.send(request, connection.stall).await?;
     if answer.status() != StatusCode::OK {
-        return Err(answered(answer, registry).await);
+        return Err(answered(answer, connection).await);
     }
-    let (url, text) = (answer.url().clone(), answer.text().await.map_err(failed)?);
-    let issued = serde_json::from_str::<Issued>(&text).ok().and_then(|issued| issued.token.or(issued.access_token));
+    let bytes = connection.read(answer, MAX_ANSWER).await?;
+    let issued = serde_json::from_slice::<Issued>(&bytes).ok().and_then(|issued| issued.token.or(issued.access_token));
     match issued.filter(|token| !token.is_empty()) {
         Some(token) => Ok(Some(token)),
-        None => reject!("{} issued no token for {registry}", url.origin().ascii_serialization()),
+        None => reject!("{} issued no token for {}", realm.origin().ascii_serialization(), connection.registry),
     }
 }
 
 /// Realm and service of a `Bearer` challenge.
-fn issuer(header: &str) -> Option<(String, String)> {
+fn bearer(header: &str) -> Option<(String, String)> {
     let challenge = ChallengeParser::new(header).flatten().find(|c| c.scheme.eq_ignore_ascii_case("Bearer"))?;
     let value = |name: &str| {
         let found = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));

@@ -1,27 +1,34 @@
-//! A blob on its way into a registry, in chunks (OCI distribution specification 1.1, "Pushing
-//! a blob in chunks"). `oci-client` cannot go on in the middle, so the few requests of an
-//! upload are made here; who we are it still finds out.
+//! A blob on its way into a registry: in chunks (OCI distribution specification 1.1, "Pushing a blob in
+//! chunks"), which goes on in the middle, or whole.
 
 use std::io::{self, ErrorKind, Write};
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow};
 use bytes::Bytes;
-use oci_client::{Reference, RegistryOperation};
+use futures_util::stream::unfold;
 use oscontainer_artifact::digest::Digest;
-use oscontainer_program::exit;
 use oscontainer_program::retry::Retry;
+use oscontainer_program::{exit, reject};
 use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
-use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
-use tokio::sync::mpsc;
+use reqwest::{Body, Method, RequestBuilder, Response, StatusCode, Url};
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
 
-use super::refusal::{answered, told};
-use super::registry::{Connection, Registry};
+use super::connection::{Access, is_less_safe};
+use super::refusal::answered;
+use super::registry::Registry;
 
 /// What a blob is on its way.
 const OCTETS: &str = "application/octet-stream";
 /// Bytes of a chunk: most updates are one, which goes in two requests. Four are in memory at the most.
-const CHUNK: usize = 16 << 20;
+pub const CHUNK: usize = 16 << 20;
+/// Bytes of a blob that goes whole, between two looks at whether it gets on.
+const PIECE: usize = 256 << 10;
+/// Bytes of a blob that a registry stores in a second when it is told that this was all, at the least.
+const SLOWEST_STORE: u64 = 4 << 20;
 
 /// What says that the registry has not what we think it has of an upload.
 const LOST: [StatusCode; 3] = [StatusCode::NOT_FOUND, StatusCode::CONFLICT, StatusCode::RANGE_NOT_SATISFIABLE];
@@ -42,11 +49,9 @@ impl From<Error> for Failure {
 
 /// One upload of one blob.
 pub struct Session {
-    connection: Arc<Connection>,
-    reference: Reference,
+    access: Arc<Access>,
     digest: Digest,
     retry: Retry,
-    token: Option<String>,
     /// Where the next request goes.
     location: Url,
     /// Bytes that the registry has.
@@ -56,10 +61,8 @@ pub struct Session {
 impl Session {
     /// Prepares for the upload of the blob `digest` into the repository of `registry`.
     pub fn new(registry: &Registry, digest: Digest) -> Result<Self> {
-        let (connection, reference) = (registry.connection(), registry.reference().clone());
-        let location = connection.url(&format!("{}/blobs/uploads/", reference.repository()))?;
-        let retry = registry.patience();
-        Ok(Self { connection, reference, digest, retry, token: registry.token(), location, offset: 0 })
+        let location = registry.url("blobs/uploads/")?;
+        Ok(Self { access: Arc::clone(registry.access()), digest, retry: registry.patience(), location, offset: 0 })
     }
 
     /// Sends what comes in `chunks`, and ends the upload.
@@ -67,9 +70,7 @@ impl Session {
     /// # Errors
     /// When all patience was in vain; when the sender says that there is an error.
     pub async fn send(mut self, mut chunks: mpsc::Receiver<io::Result<Bytes>>) -> Result<(), Failure> {
-        let begin = |own: &Self| own.request(Method::POST, &own.location).header(CONTENT_LENGTH, 0);
-        let begun = self.answer(begin, StatusCode::ACCEPTED).await?;
-        self.follow(&begun)?;
+        self.begin().await?;
         let mut chunk = chunks.recv().await.transpose().map_err(Error::from)?.unwrap_or_default();
         while let Some(next) = chunks.recv().await.transpose().map_err(Error::from)? {
             self.send_chunk(std::mem::replace(&mut chunk, next)).await?;
@@ -78,14 +79,71 @@ impl Session {
         if self.offset > 0 {
             self.send_chunk(std::mem::take(&mut chunk)).await?;
         }
+        let length = chunk.len() as u64;
+        let limit = self.access.connection.limit(length) + store_time(self.offset + length);
+        let end = |request: RequestBuilder| {
+            request.header(CONTENT_LENGTH, length).header(CONTENT_TYPE, OCTETS).body(chunk.clone())
+        };
+        let answer = self.access.send(Method::PUT, &self.end()?, limit, end).await?;
+        Ok(self.expect(answer, StatusCode::CREATED).await.map(|_| ())?)
+    }
+
+    /// Sends the `size` bytes that come in `pieces` in one request.
+    ///
+    /// # Errors
+    /// When the registry does not take them; when the sender says that there is an error.
+    pub async fn send_whole(mut self, size: u64, pieces: mpsc::Receiver<io::Result<Bytes>>) -> Result<(), Failure> {
+        self.begin().await?;
+        let stall = self.access.connection.stall;
+        // How long the registry may take for the next step. Each change begins anew.
+        let (limit, mut limits) = watch::channel(stall);
+        let steps = (pieces, Bytes::new(), limit.clone());
+        let body = unfold(steps, move |(mut pieces, mut bytes, limit)| async move {
+            if bytes.is_empty() {
+                // It waits for us.
+                limit.send_replace(Duration::MAX);
+                match pieces.recv().await {
+                    Some(Ok(more)) => bytes = more,
+                    Some(Err(error)) => return Some((Err(error), (pieces, bytes, limit))),
+                    None => {
+                        limit.send_replace(stall + store_time(size));
+                        return None;
+                    }
+                }
+            }
+            let piece = bytes.split_to(bytes.len().min(PIECE));
+            limit.send_replace(stall);
+            Some((Ok(piece), (pieces, bytes, limit)))
+        });
+        let end = self.end()?;
+        let request = self.access.connection.request(Method::PUT, &end);
+        let request = request.header(CONTENT_LENGTH, size).header(CONTENT_TYPE, OCTETS).body(Body::wrap_stream(body));
+        let mut answer = pin!(self.access.send_once(request, &end));
+        let answer = loop {
+            let left = *limits.borrow_and_update();
+            tokio::select! {
+                answer = &mut answer => break answer?,
+                _ = limits.changed() => {}
+                () = sleep(left) => {
+                    let registry = &self.access.connection.registry;
+                    return Err(anyhow!("{registry} has not got on for {} s", left.as_secs()).into());
+                }
+            }
+        };
+        drop(limit);
+        Ok(self.expect(answer, StatusCode::CREATED).await.map(|_| ())?)
+    }
+
+    async fn begin(&mut self) -> Result<()> {
+        let begun = self.ask_for(Method::POST, StatusCode::ACCEPTED).await?;
+        self.follow(&begun)
+    }
+
+    /// Where the upload ends.
+    fn end(&self) -> Result<Url> {
         let mut location = self.location.clone();
         location.query_pairs_mut().append_pair("digest", &self.digest.to_string());
-        let end = |own: &Self| {
-            let request = own.request(Method::PUT, &location).header(CONTENT_LENGTH, chunk.len());
-            request.header(CONTENT_TYPE, OCTETS).body(chunk.clone())
-        };
-        self.answer(end, StatusCode::CREATED).await?;
-        Ok(())
+        Ok(location)
     }
 
     /// Sends a chunk until the registry has all of it.
@@ -118,33 +176,30 @@ impl Session {
     /// Sends what may be a part of a chunk.
     async fn patch(&mut self, bytes: Bytes) -> Result<(), Failure> {
         let (start, length) = (self.offset, bytes.len() as u64);
-        let request = self
-            .request(Method::PATCH, &self.location)
-            .header(CONTENT_RANGE, format!("{start}-{}", start + length - 1))
-            .header(CONTENT_LENGTH, length)
-            .header(CONTENT_TYPE, OCTETS)
-            .body(bytes);
-        let answer = request.send().await.map_err(|error| self.told(error))?;
+        let complete = |request: RequestBuilder| {
+            request
+                .header(CONTENT_RANGE, format!("{start}-{}", start + length - 1))
+                .header(CONTENT_LENGTH, length)
+                .header(CONTENT_TYPE, OCTETS)
+                .body(bytes.clone())
+        };
+        let limit = self.access.connection.limit(length);
+        let answer = self.access.send(Method::PATCH, &self.location, limit, complete).await?;
         let status = answer.status();
-        if status == StatusCode::UNAUTHORIZED {
-            // The token's time may be over.
-            self.log_in().await?;
-        } else if status == StatusCode::METHOD_NOT_ALLOWED || status.is_success() && status != StatusCode::ACCEPTED {
+        if status == StatusCode::METHOD_NOT_ALLOWED || status.is_success() && status != StatusCode::ACCEPTED {
             return Err(Failure::NoChunks(format!("it answered {status}")));
-        } else if status == StatusCode::ACCEPTED {
-            self.follow(&answer)?;
-            self.offset = start + length;
-            return Ok(());
         } else if LOST.contains(&status) {
             return Err(anyhow!("{} answered {status}", self.location).into());
         }
-        Err(self.answered(answer).await.into())
+        let answer = self.expect(answer, StatusCode::ACCEPTED).await?;
+        self.follow(&answer)?;
+        self.offset = start + length;
+        Ok(())
     }
 
     /// How many bytes the registry has.
     async fn ask(&mut self) -> Result<u64> {
-        let ask = |own: &Self| own.request(Method::GET, &own.location);
-        let answer = self.answer(ask, StatusCode::NO_CONTENT).await?;
+        let answer = self.ask_for(Method::GET, StatusCode::NO_CONTENT).await?;
         let last =
             answer.headers().get(RANGE).and_then(|range| range.to_str().ok()?.split('-').next_back()?.parse().ok());
         let found = match last.context("the registry does not say how much it has of an upload")? {
@@ -156,41 +211,35 @@ impl Session {
         Ok(found)
     }
 
-    async fn log_in(&mut self) -> Result<()> {
-        self.token = self.connection.log_in(&self.reference, RegistryOperation::Push).await?;
-        Ok(())
+    /// Sends a request without a body and requires the `expected` status.
+    async fn ask_for(&self, method: Method, expected: StatusCode) -> Result<Response> {
+        let limit = self.access.connection.stall;
+        let posts = method == Method::POST;
+        let empty = |request: RequestBuilder| if posts { request.header(CONTENT_LENGTH, 0) } else { request };
+        let answer = self.access.send(method, &self.location, limit, empty).await?;
+        self.expect(answer, expected).await
     }
 
-    fn request(&self, method: Method, url: &Url) -> RequestBuilder {
-        let request = self.connection.http.request(method, url.clone());
-        self.connection.authorized(request, url, self.token.as_deref())
-    }
-
-    /// Sends a request and requires the `expected` status; once more, if the token's time was over.
-    async fn answer(&mut self, request: impl Fn(&Self) -> RequestBuilder, expected: StatusCode) -> Result<Response> {
-        let mut answer = request(self).send().await.map_err(|error| self.told(error))?;
-        if answer.status() == StatusCode::UNAUTHORIZED && self.token.is_some() {
-            self.log_in().await?;
-            answer = request(self).send().await.map_err(|error| self.told(error))?;
-        }
-        if answer.status() == expected { Ok(answer) } else { Err(self.answered(answer).await) }
-    }
-
-    async fn answered(&self, answer: Response) -> Error {
-        answered(answer, &self.connection.registry).await
-    }
-
-    fn told(&self, error: reqwest::Error) -> Error {
-        told(error.into(), &self.connection.registry)
+    async fn expect(&self, answer: Response, expected: StatusCode) -> Result<Response> {
+        if answer.status() == expected { Ok(answer) } else { Err(answered(answer, &self.access.connection).await) }
     }
 
     /// Takes the place for the next request from an answer.
     fn follow(&mut self, answer: &Response) -> Result<()> {
         let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
         let location = location.context("the registry does not say where an upload goes")?;
-        self.location = answer.url().join(location).with_context(|| format!("reading the Location {location}"))?;
+        let location = answer.url().join(location).with_context(|| format!("reading the Location {location}"))?;
+        if is_less_safe(&self.access.connection.base, &location) {
+            reject!("the registry wants the blob {} at {location}, which is less safe", self.digest);
+        }
+        self.location = location;
         Ok(())
     }
+}
+
+/// How long a registry may take to store a blob that it has all of.
+fn store_time(size: u64) -> Duration {
+    Duration::from_secs(size / SLOWEST_STORE)
 }
 
 /// Hands what is written to an upload, in chunks.
@@ -204,7 +253,19 @@ pub struct Upload {
 impl Upload {
     /// Writes into what `sender` leads to.
     pub fn new(sender: mpsc::Sender<io::Result<Bytes>>) -> Self {
-        Self { sender, chunk: Vec::with_capacity(CHUNK), closed: false }
+        Self { sender, chunk: Vec::new(), closed: false }
+    }
+
+    /// Sends a chunk that is in memory already.
+    ///
+    /// # Errors
+    /// When the upload has ended.
+    pub fn send(&mut self, chunk: Bytes) -> io::Result<()> {
+        if self.sender.blocking_send(Ok(chunk)).is_err() {
+            self.closed = true;
+            return Err(io::Error::new(ErrorKind::BrokenPipe, "the upload ended early"));
+        }
+        Ok(())
     }
 
     /// Nothing more comes. After a `failure` the upload must not look like one that is
@@ -221,6 +282,9 @@ impl Upload {
 impl Write for Upload {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let taken = bytes.len().min(CHUNK - self.chunk.len());
+        if self.chunk.capacity() == 0 {
+            self.chunk.reserve_exact(CHUNK);
+        }
         self.chunk.extend_from_slice(&bytes[..taken]);
         if self.chunk.len() == CHUNK {
             self.flush()?;
@@ -229,13 +293,7 @@ impl Write for Upload {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if !self.chunk.is_empty() {
-            let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK));
-            if self.sender.blocking_send(Ok(chunk.into())).is_err() {
-                self.closed = true;
-                return Err(io::Error::new(ErrorKind::BrokenPipe, "the upload ended early"));
-            }
-        }
-        Ok(())
+        let chunk = std::mem::take(&mut self.chunk);
+        if chunk.is_empty() { Ok(()) } else { self.send(chunk.into()) }
     }
 }

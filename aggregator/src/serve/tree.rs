@@ -84,10 +84,11 @@ impl Tree {
     pub fn small(&self, entry: &Entry) -> io::Result<Option<(Vec<u8>, String)>> {
         let Some(name) = &entry.object else { return Ok(None) };
         let mut file = self.walk(&entry.path)?;
-        // Mostly one read tells all: a file gives less than it is asked for only at its end.
+        // Mostly that is all of it, and the next read says so.
         let mut start = [MaybeUninit::uninit(); TINY];
-        if let Ok((bytes, [_, ..])) = rustix::io::read(&file, &mut start[..])
+        if let Ok((bytes, rest @ [_, ..])) = rustix::io::read(&file, &mut start[..])
             && !bytes.is_empty()
+            && let Ok(([], _)) = rustix::io::read(&file, &mut rest[..1])
         {
             return Ok(Some((bytes.to_vec(), etag(name, bytes.len() as u64))));
         }

@@ -113,7 +113,7 @@ struct Sending {
     file: Arc<std::fs::File>,
     position: u64,
     end: u64,
-    /// Bytes of its chunk.
+    /// Bytes of its chunk, until that has been sent.
     held: u64,
     /// Gives the chunk's memory back.
     sent: Option<oneshot::Receiver<Vec<u8>>>,
@@ -157,7 +157,8 @@ impl Sending {
         self.position += count as u64;
         let (back, sent) = oneshot::channel();
         self.sent = Some(sent);
-        Ok(Some((Bytes::from_owner(Chunk { buffer, back: Some(back) }), self)))
+        let chunk = Chunk { buffer, back: Some(back), held: std::mem::take(&mut self.held) };
+        Ok(Some((Bytes::from_owner(chunk), self)))
     }
 
     /// How much to read now: a few who are sent files get much, for speed, and a thousand little each. It is a
@@ -183,6 +184,8 @@ impl Drop for Sending {
 struct Chunk {
     buffer: Vec<u8>,
     back: Option<oneshot::Sender<Vec<u8>>>,
+    /// Bytes that it counts: the last one is on its way when nobody looks after its file any more.
+    held: u64,
 }
 
 impl AsRef<[u8]> for Chunk {
@@ -193,6 +196,7 @@ impl AsRef<[u8]> for Chunk {
 
 impl Drop for Chunk {
     fn drop(&mut self) {
+        HELD.fetch_sub(self.held, Ordering::Relaxed);
         if let Some(back) = self.back.take() {
             // After the last chunk nobody waits for it.
             let _ = back.send(std::mem::take(&mut self.buffer));
