@@ -113,7 +113,7 @@ struct Sending {
     file: Arc<std::fs::File>,
     position: u64,
     end: u64,
-    /// Bytes of its chunk, until that has been sent.
+    /// Bytes of its chunk, also while that waits for the next one's content.
     held: u64,
     /// Gives the chunk's memory back.
     sent: Option<oneshot::Receiver<Vec<u8>>>,
@@ -157,7 +157,9 @@ impl Sending {
         self.position += count as u64;
         let (back, sent) = oneshot::channel();
         self.sent = Some(sent);
-        let chunk = Chunk { buffer, back: Some(back), held: std::mem::take(&mut self.held) };
+        // Nobody looks after the file while the last one is on its way.
+        let held = if self.position == self.end { std::mem::take(&mut self.held) } else { 0 };
+        let chunk = Chunk { buffer, back: Some(back), held };
         Ok(Some((Bytes::from_owner(chunk), self)))
     }
 
@@ -184,7 +186,7 @@ impl Drop for Sending {
 struct Chunk {
     buffer: Vec<u8>,
     back: Option<oneshot::Sender<Vec<u8>>>,
-    /// Bytes that it counts: the last one is on its way when nobody looks after its file any more.
+    /// Bytes that it counts itself: those of the last one.
     held: u64,
 }
 
