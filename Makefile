@@ -150,7 +150,7 @@ test-boot: setup-boot build ## Compose, deploy and boot a host in qemu (minutes)
 
 .PHONY: test-faults
 test-faults: setup-test build ## Kill client and endpoint at 200 random moments
-	FAULT_ROUNDS=200 cargo test --release --locked -p e2e --test endpoint kills_at_random
+	FAULT_ROUNDS=200 cargo test --release --workspace --locked --test endpoint kills_at_random
 
 .PHONY: bench
 bench: build ## Ours and the peers' tools in turn: seconds and ratios

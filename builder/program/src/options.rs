@@ -8,6 +8,9 @@ use clap::{Args, CommandFactory, Parser, ValueEnum};
 use clap_complete::Shell;
 use serde::Serialize;
 use tracing::Level;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::exit;
 
@@ -56,14 +59,17 @@ impl Global {
             (_, 1) => Level::DEBUG,
             _ => Level::TRACE,
         };
+        // What kube logs as an error it gives as one too.
+        let kube = if self.verbose == 0 { LevelFilter::OFF } else { level.into() };
+        let shown = Targets::new().with_default(level).with_target("kube_client", kube);
         let log = tracing_subscriber::fmt()
             .with_max_level(level)
             .with_writer(crate::progress::LogWriter)
             .with_target(false)
             .with_ansi(stderr().is_terminal());
         match self.log_format {
-            LogFormat::Text => log.without_time().init(),
-            LogFormat::Json => log.json().flatten_event(true).init(),
+            LogFormat::Text => log.without_time().finish().with(shown).init(),
+            LogFormat::Json => log.json().flatten_event(true).finish().with(shown).init(),
         }
     }
 

@@ -4,18 +4,17 @@
 //!
 //!     tree ─▶ walk (owners, labels) ─▶ [files, largest first] ─▶ hash, deflate ─▶ staging ─▶ objects
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
-use std::io::{BufReader, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use flate2::Compression;
-use flate2::write::DeflateEncoder;
+use flate2::{Compress, Compression, FlushCompress, Status};
 use libdeflater::{CompressionLvl, Compressor};
 use oscontainer_artifact::digest::Checksum;
 use oscontainer_artifact::object::{FileHeader, ObjectName, Type};
@@ -31,6 +30,11 @@ use rustix::io::Errno;
 const LEVEL: i32 = 6;
 /// Files up to this size, in bytes, are deflated as a whole, which is faster.
 const WHOLE: u64 = 32 << 20;
+/// Larger ones are deflated in parts of this many bytes on all cores. What the parts are must not depend on the
+/// machine, for the bytes of the object do.
+const PART: u64 = 4 << 20;
+/// How far back a deflate stream may refer, in bytes (RFC 1951, section 2).
+const WINDOW: u64 = 32 << 10;
 /// Bytes of files, and of what they deflate to, in memory at a time.
 const MEMORY: u64 = 96 << 20;
 /// The attributes that a tree brings itself (rpm-ostree has the same list). Others, such as labels and
@@ -340,20 +344,56 @@ impl Store {
     /// Once for its checksum and, if the object is new, again to deflate it: neither
     /// takes memory.
     fn write_large(&self, file: &Pending) -> Result<Checksum> {
+        let content = File::open(&file.path)?;
         let mut hasher = file.header.hasher();
-        let size = hasher.update_from(stop::Reader(File::open(&file.path)?))?;
+        let size = hasher.update_from(stop::Reader(&content))?;
         ensure!(size == file.header.size, "it changed while it was read");
         let checksum = hasher.checksum();
         if self.is_new(&checksum) {
             let mut output = self.create(&checksum)?;
             output.write_all(&file.header.to_bytes())?;
-            let mut output = DeflateEncoder::new(output, Compression::new(LEVEL as u32));
-            let content = stop::Reader(File::open(&file.path)?);
-            let copied = std::io::copy(&mut BufReader::new(content), &mut output)?;
-            ensure!(copied == size, "it changed while it was read");
-            self.bytes.fetch_add(output.finish()?.metadata()?.len(), Ordering::Relaxed);
+            self.deflate(&content, size, &mut output)?;
+            self.bytes.fetch_add(output.metadata()?.len(), Ordering::Relaxed);
         }
         Ok(checksum)
+    }
+
+    /// Deflates the `size` bytes of `content` into `output`, its parts on all cores.
+    fn deflate(&self, content: &File, size: u64, output: &mut File) -> Result<()> {
+        let next = AtomicU64::new(0);
+        let (sender, parts) = mpsc::channel();
+        thread::scope(|scope| {
+            for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+                let (sender, next) = (sender.clone(), &next);
+                scope.spawn(move || {
+                    loop {
+                        // Memory before the part: so the part that all others wait for has it.
+                        let memory = self.memory.take(2 * PART);
+                        let start = next.fetch_add(PART, Ordering::Relaxed);
+                        if start >= size {
+                            return;
+                        }
+                        let part = deflate_part(content, start, size).map(|part| (part, memory));
+                        // Who no longer listens has an error already.
+                        if sender.send((start, part)).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            let mut early = BTreeMap::new();
+            let mut written = 0;
+            for (start, part) in parts {
+                early.insert(start, part?);
+                while let Some((part, _)) = early.remove(&written) {
+                    output.write_all(&part)?;
+                    written += PART;
+                }
+            }
+            ensure!(written >= size, "a thread panicked");
+            Ok(())
+        })
     }
 
     /// Whether neither the repository nor an earlier file has the object.
@@ -388,6 +428,30 @@ impl Store {
     /// Where the repository has a content object.
     fn place(&self, checksum: &Checksum) -> PathBuf {
         self.repo.join(ObjectName::new(*checksum, Type::File).path())
+    }
+}
+
+/// The part of `content` that begins at `start`, as what follows the parts before it in a deflate stream.
+fn deflate_part(content: &File, start: u64, size: u64) -> Result<Vec<u8>> {
+    stop::check()?;
+    let end = size.min(start + PART);
+    let window = start.min(WINDOW);
+    let mut input = vec![0; (window + end - start) as usize];
+    content.read_exact_at(&mut input, start - window).context("it changed while it was read")?;
+    let (window, input) = input.split_at(window as usize);
+    let mut deflate = Compress::new(Compression::new(LEVEL as u32), false);
+    if !window.is_empty() {
+        deflate.set_dictionary(window)?;
+    }
+    let flush = if end == size { FlushCompress::Finish } else { FlushCompress::Sync };
+    let mut output = Vec::with_capacity(PART as usize);
+    loop {
+        let status = deflate.compress_vec(&input[deflate.total_in() as usize..], &mut output, flush)?;
+        // All is there when room is left.
+        if status == Status::StreamEnd || end < size && output.len() < output.capacity() {
+            return Ok(output);
+        }
+        output.reserve(WINDOW as usize);
     }
 }
 
