@@ -66,6 +66,33 @@ pushed() { image --repo "$bench/new" --output "$remote-$((++pushes)):new" >/dev/
 updated() {
   image --repo "$bench/new" --previous "$remote-old-$1:old" --output "$remote-old-$1:new" >"$bench/update.json"
 }
+# What of an update is the registry's: its requests alone, on one connection, with as many bytes.
+requests() { # ROUND BYTES: seconds
+  python3 - "127.0.0.1:$port" "host-old-$1" "$2" <<'END'
+import hashlib, http.client, json, os, sys, time
+address, name, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+layer = os.urandom(size)
+digest = "sha256:" + hashlib.sha256(layer).hexdigest()
+manifest_type = "application/vnd.oci.image.manifest.v1+json"
+connection = http.client.HTTPConnection(address)
+def ask(method, path, expected, body=None, headers={}):
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    assert answer.status in expected, (method, path, answer.status, content)
+    return answer, content
+begun = time.monotonic()
+manifest = json.loads(ask("GET", f"/v2/{name}/manifests/old", [200], None, {"Accept": manifest_type})[1])
+ask("GET", f"/v2/{name}/blobs/{manifest['config']['digest']}", [200])
+for part in manifest["layers"]:
+    ask("GET", f"/v2/{name}/blobs/{part['digest']}", [206], None, {"Range": "bytes=0-65535"})
+place = ask("POST", f"/v2/{name}/blobs/uploads/", [202])[0].getheader("Location").split(address, 1)[1]
+ask("PUT", f"{place}&digest={digest}", [201], layer, {"Content-Type": "application/octet-stream"})
+manifest["layers"].append({"mediaType": manifest["layers"][0]["mediaType"], "digest": digest, "size": size})
+ask("PUT", f"/v2/{name}/manifests/alone", [201], json.dumps(manifest), {"Content-Type": manifest_type})
+print(time.monotonic() - begun)
+END
+}
 TIMEFORMAT='%R %U %S'
 timed() { # NAME COMMAND…: its seconds and its processor seconds go to a line of NAME
   { time "${@:2}" 2>&3; } 3>&2 2>"$bench/time"
@@ -83,6 +110,7 @@ for round in $(seq "$rounds"); do
   timed first assembled
   timed push pushed
   timed update updated "$round"
+  requests "$round" "$(jq .newBytes "$bench/update.json")" >>"$bench/requests"
 done
 
 # The bytes of the objects that only the new commit has.
@@ -105,6 +133,7 @@ row "tar c | openssl dgst -sha256" tar
 row "first assembly into oci: in memory" first
 row "first assembly into a registry" push
 row "update in a registry" update
+printf '%-52s %8.3f s\n' "the registry's part of it, on one connection" "$(sort -n "$bench/requests" | head -n 1)"
 check "bytes of the new layer / of the new objects" "$(jq -n "$bytes / $objects")" "<=" 1.03
 check "first assembly / tar and sha256" "$(jq -n "$(best first) / $(best tar)")" "<=" 2
 check "first assembly / update, in a registry" "$(jq -n "$(best push) / $(best update)")" ">=" 20

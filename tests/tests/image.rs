@@ -207,6 +207,32 @@ fn images_for_several_machines_share_a_name() {
         assert_eq!(raw["manifests"].as_array().unwrap().len(), 2);
         ok(repo.ostree().args(["reset", REF, &format!("{REF}^")]));
     }
+    // Who names the usual variant means the same machine, and what others wrote into the index stays.
+    if other.0 == "arm64" {
+        let image_name = registry.image("host:1");
+        let mut raw = ok(tool("skopeo").args(["inspect", "--raw", "--tls-verify=false", &image_name])).json();
+        raw["annotations"] = serde_json::json!({ "who": "somebody" });
+        for manifest in raw["manifests"].as_array_mut().unwrap() {
+            if manifest["platform"]["architecture"] == "arm64" {
+                manifest["platform"]["variant"] = "v8".into();
+            }
+        }
+        let index = dir.path().join("index.json");
+        fs::write(&index, raw.to_string()).unwrap();
+        let url = format!("http://{}/v2/host/manifests/1", registry.address);
+        let kind = format!("Content-Type: {}", raw["mediaType"].as_str().unwrap());
+        ok(tool("curl")
+            .args(["-sSf", "-X", "PUT", "-H", &kind, "--data-binary"])
+            .arg(format!("@{}", index.display()))
+            .arg(url));
+        let mut add = image(&repo.path, &image_name);
+        ok(add.args(["--index", "--tls-verify=false", "--server"]).arg(&server));
+        let found = ok(tool("skopeo").args(["inspect", "--raw", "--tls-verify=false", &image_name])).json();
+        assert_eq!(
+            (found["manifests"].as_array().unwrap().len(), &found["annotations"]["who"]),
+            (2, &"somebody".into())
+        );
+    }
     // Upon what is there, which has nothing for the second machine at first.
     let name = registry.image("pushed:1");
     let push = |server: &Path, more: &[&str]| {

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use e2e::images::{REF, assert_size_follows_from, image, layers, listing, strings, unpack};
 use e2e::oci::{Image, blob, json};
+use e2e::registry::{Access, Registry};
 use e2e::repo::OstreeRepo;
 use e2e::{fails, ok, run, tool};
 use serde_json::Value;
@@ -112,6 +113,42 @@ fn ten_updates_in_a_row_then_a_fresh_start_with_the_last_commits() {
         assert_eq!(there, age < 3, "{age}");
     }
     assert_eq!(ok(inside.ostree().args(["rev-parse", REF])).stdout.trim(), commits[11]);
+}
+
+#[test]
+fn an_image_in_docker_s_form_is_gone_on_with() {
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    let registry = Registry::start(dir.path(), Access::Plain);
+    let oci = |name: &str| format!("oci:{}", dir.path().join(name).display());
+    repo.commit(REF, "one");
+    ok(&mut image(&repo.path, &oci("a")));
+    let docker = registry.image("host:1");
+    let mut copy = tool("skopeo");
+    ok(copy.args(["copy", "-q", "--format=v2s2", "--dest-tls-verify=false", &oci("a"), &docker]));
+    let next = |name: &str| {
+        let mut next = image(&repo.path, &oci(name));
+        ok(next.args(["--tls-verify=false", "--previous", &docker])).json()
+    };
+    // Where nothing is new, the image is one of OCI all the same.
+    let same = next("same");
+    assert_eq!((&same["layers"], &same["newBytes"]), (&2.into(), &0.into()));
+    let raw = ok(tool("skopeo").args(["inspect", "--raw", &oci("same")])).json();
+    assert_eq!(raw["mediaType"], "application/vnd.oci.image.manifest.v1+json");
+    repo.commit(REF, "two");
+    assert_eq!((&next("next")["layers"], &next("next")["fresh"]), (&3.into(), &false.into()));
+    assert_eq!(layers(&oci("next"))[..2], layers(&oci("a")));
+}
+
+#[test]
+fn more_commits_than_layers_are_a_mistake() {
+    let dir = TempDir::new().unwrap();
+    let repo = OstreeRepo::new(dir.path(), "repo");
+    repo.commit(REF, "one");
+    let out = format!("oci:{}", dir.path().join("out").display());
+    let mut image = image(&repo.path, &out);
+    fails(image.args(["--keep-commits=3", "--max-layers=3"]), 2, "needs --max-layers 4 or more");
+    assert!(!dir.path().join("out").exists());
 }
 
 #[test]

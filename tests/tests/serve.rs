@@ -288,6 +288,10 @@ fn ranges_and_methods() {
     assert_eq!(same.status, 206);
     let other = ask(&server, &path, &["-r", "2-5", "-H", "If-Range: \"other\""]);
     assert_eq!((other.status, other.body.len()), (200, 65));
+    for (condition, status) in [(etag.as_str(), 206), ("*", 206), ("\"other\"", 412)] {
+        let answer = ask(&server, &path, &["-r", "2-5", "-H", &format!("If-Match: {condition}")]);
+        assert_eq!((answer.status, answer.header("etag")), (status, etag.as_str()), "{condition}");
+    }
     for method in ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "BREW"] {
         let answer = ask(&server, &path, &["-X", method]);
         assert_eq!((answer.status, answer.header("allow")), (405, "GET, HEAD"), "{method}");
@@ -296,7 +300,7 @@ fn ranges_and_methods() {
     assert_eq!((health.status, health.body.as_str()), (200, "ok\n"));
     let metrics = ask(&server, "/metrics", &[]);
     assert!(
-        metrics.body.contains("oscontainer_http_requests_total{method=\"GET\",status=\"206\"} 3"),
+        metrics.body.contains("oscontainer_http_requests_total{method=\"GET\",status=\"206\"} 5"),
         "{}",
         metrics.body
     );

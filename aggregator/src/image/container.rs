@@ -32,6 +32,9 @@ const MAX_HEADERS: u64 = 1 << 20;
 /// Bytes that an entry counts, beside its name, among those of an image's indexes.
 const ENTRY: u64 = 100;
 
+/// The largest tar that is read, in bytes: gzip makes a thousand bytes of one, and all of them are hashed.
+const MAX_TAR: u64 = 64 << 30;
+
 /// What `fetch` added to a repository.
 pub struct Added<'a> {
     /// The ref.
@@ -113,6 +116,7 @@ fn read_indexes(directory: &Path) -> Result<BTreeMap<u32, Index>> {
 /// repository but no index that says so, or more than `budget` has room for.
 pub fn scan(blob: impl Read, number: u32, expected: &Layer, budget: &Budget) -> Result<Index> {
     let mut found = Index::new(number);
+    let mut files = BTreeMap::new();
     let mut own = None;
     walk(blob, Some(expected), |entry, content| {
         let path = entry.path;
@@ -139,16 +143,12 @@ pub fn scan(blob: impl Read, number: u32, expected: &Layer, budget: &Budget) -> 
             let mut content = Hashing::new(content)?;
             io::copy(&mut content, &mut io::sink())?;
             let digest = content.finish()?.0;
-            found.files.retain(|file: &FileEntry| file.path != path);
-            found.files.push(FileEntry {
-                path: path.to_owned(),
-                size: entry.size,
-                digest,
-                executable: entry.executable,
-            });
+            let file = FileEntry { path: path.to_owned(), size: entry.size, digest, executable: entry.executable };
+            files.insert(file.path.clone(), file);
         }
         Ok(())
     })?;
+    found.files = files.into_values().collect();
     match own {
         None if found.objects.is_empty() => Ok(found),
         None => reject!("it has objects of a repository, but no index"),
@@ -230,7 +230,8 @@ fn walk(
     };
     let file = Hashing::new(Watched { input: blob, failed: &failed })?;
     let left = Cell::new(Some(MAX_HEADERS));
-    let tar = Headers { input: Hashing::new(MultiGzDecoder::new(file))?, left: &left };
+    let inflated = Limited { input: MultiGzDecoder::new(file), left: MAX_TAR };
+    let tar = Headers { input: Hashing::new(inflated)?, left: &left };
     let mut archive = tar::Archive::new(tar);
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
@@ -253,7 +254,7 @@ fn walk(
     let mut tar = archive.into_inner().input;
     io::copy(&mut tar, &mut io::sink()).map_err(damaged)?;
     let (diff_id, gzip) = tar.finish()?;
-    let mut file = gzip.into_inner();
+    let mut file = gzip.input.into_inner();
     io::copy(&mut file, &mut io::sink()).map_err(damaged)?;
     let (digest, _) = file.finish()?;
     match expected {
@@ -280,6 +281,21 @@ impl<R: Read> Read for Headers<'_, R> {
             })?;
             self.left.set(Some(left));
         }
+        Ok(count)
+    }
+}
+
+/// Bounds what a layer inflates to.
+struct Limited<R> {
+    input: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Limited<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.input.read(buffer)?;
+        let left = self.left.checked_sub(count as u64);
+        self.left = left.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "it inflates to more than 64 GiB"))?;
         Ok(count)
     }
 }

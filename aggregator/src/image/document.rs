@@ -115,19 +115,38 @@ pub fn platform(mut manifest: Descriptor, architecture: &str) -> Result<Descript
 /// # Errors
 /// [`Usage`] when `current` is no image index.
 pub fn add_to_index(current: Option<&[u8]>, manifest: Descriptor) -> Result<Vec<u8>> {
-    let mut manifests = match current.map(serde_json::from_slice::<ImageIndex>) {
-        None => Vec::new(),
-        Some(Ok(index)) => index.manifests().clone(),
+    let mut index = match current.map(serde_json::from_slice::<ImageIndex>) {
+        None => index(Vec::new())?,
+        Some(Ok(index)) => index,
         Some(Err(_)) => {
             return Err(Usage("there is an image for one machine under that name: name another tag".into()).into());
         }
     };
-    manifests.retain(|other| other.platform() != manifest.platform());
+    let mut manifests = index.manifests().clone();
+    manifests.retain(|other| machine(other) != machine(&manifest));
     manifests.push(manifest);
     // Whoever comes first, the index is the same.
-    let machine = |manifest: &Descriptor| manifest.platform().as_ref().map(|p| p.architecture().to_string());
-    manifests.sort_by_key(|manifest| (machine(manifest), manifest.digest().to_string()));
-    bytes(&index(manifests)?)
+    let place = |manifest: &Descriptor| manifest.platform().as_ref().map(|p| p.architecture().to_string());
+    manifests.sort_by_key(|manifest| (place(manifest), manifest.digest().to_string()));
+    index.set_manifests(manifests);
+    // Docker's list is the same but for this.
+    index.set_media_type(Some(MediaType::ImageIndex));
+    bytes(&index)
+}
+
+/// The machine that a manifest in an image index is for: system, architecture and, unless it is what everybody means
+/// who names none, variant (containerd, `platforms/normalize.go`).
+pub fn machine(manifest: &Descriptor) -> Option<(String, String, Option<String>)> {
+    let platform = manifest.platform().as_ref()?;
+    let (system, architecture) = (platform.os().to_string(), platform.architecture().to_string());
+    let usual = match architecture.as_str() {
+        "amd64" => "v1",
+        "arm64" => "v8",
+        "arm" => "v7",
+        _ => "",
+    };
+    let variant = platform.variant().clone().filter(|variant| variant != usual && !variant.is_empty());
+    Some((system, architecture, variant))
 }
 
 /// An image index of `manifests`.

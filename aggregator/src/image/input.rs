@@ -108,15 +108,18 @@ pub fn digest(descriptor: &Descriptor) -> Result<Digest> {
     Ok(descriptor.digest().to_string().parse()?)
 }
 
-/// What a manifest says it is.
+/// What a manifest says it is; OCI allows it to say nothing, and some tools say "".
 fn media_type(bytes: &[u8]) -> Result<MediaType> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Typed {
-        media_type: Option<String>,
+        #[serde(default)]
+        media_type: String,
+        manifests: Option<serde::de::IgnoredAny>,
     }
     match serde_json::from_slice::<Typed>(bytes) {
-        Ok(Typed { media_type: Some(found) }) => Ok(found.as_str().into()),
+        Ok(Typed { media_type, .. }) if !media_type.is_empty() => Ok(media_type.as_str().into()),
+        Ok(Typed { manifests: Some(_), .. }) => Ok(MediaType::ImageIndex),
         Ok(_) => Ok(MediaType::ImageManifest),
         Err(e) => reject!("its manifest cannot be read: {e}"),
     }

@@ -142,6 +142,14 @@ pub fn main(args: ImageArgs, global: &Global) -> Result<()> {
 }
 
 fn assemble(args: &ImageArgs) -> Result<Printed> {
+    if args.keep_commits >= args.max_layers {
+        let wanted = args.keep_commits + 1;
+        return Err(Usage(format!(
+            "--keep-commits {} needs --max-layers {wanted} or more: one for the server, and one for each commit",
+            args.keep_commits
+        ))
+        .into());
+    }
     let registries = Registries::new(&args.registry);
     let (reference, previous) = places(args)?;
     let server = server::Opened::open(args.server.as_deref())?;
@@ -234,7 +242,7 @@ fn write(
     let new_bytes = layers[plan.kept..].iter().map(|layer| layer.size).sum();
     let base = previous.filter(|_| !plan.fresh());
     let manifest = match base {
-        Some(previous) if plan.new.is_empty() => {
+        Some(previous) if plan.new.is_empty() && previous.is_oci() => {
             tracing::info!("nothing is new: the image is the previous one");
             store(output, &previous.config)?;
             previous.manifest.clone()

@@ -15,6 +15,7 @@ use oscontainer_artifact::tarball;
 use oscontainer_program::reject;
 
 use super::container;
+use super::document;
 use super::index::{Budget, Entry, Index, MAX_FILE};
 use super::input::{Input, digest};
 use super::layer::{self, Layer};
@@ -30,6 +31,11 @@ const MAX_LAYERS: usize = 500;
 /// How many layers' indexes are read from a registry at a time.
 const AT_ONCE: usize = 8;
 
+/// What Docker calls a manifest, an image index and a layer (distribution, "Image Manifest Version 2, Schema 2"):
+/// the same documents, but for the names. OpenShift's builds make such images.
+const MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 /// Bytes of a layer that are read over rather than asked for anew behind them.
 const NEAR: u64 = 1 << 20;
 
@@ -45,6 +51,7 @@ pub struct Previous {
     pub architecture: String,
     /// Its layers, from the first.
     pub layers: Vec<Kept>,
+    is_oci: bool,
     input: Input,
     reference: Reference,
 }
@@ -118,7 +125,7 @@ impl Previous {
             None if wanted.optional => return Ok(None),
             None => reject!("there is no such image: the registry answered 404"),
         };
-        if *image.media_type() == MediaType::ImageIndex {
+        if *image.media_type() == MediaType::ImageIndex || *image.media_type() == docker(LIST) {
             image = match for_machine(&manifest_bytes, architecture)? {
                 Some(found) => found,
                 None if wanted.new_machine => {
@@ -131,7 +138,7 @@ impl Previous {
             };
             manifest_bytes = input.manifest(&image)?;
         }
-        if *image.media_type() != MediaType::ImageManifest {
+        if ![MediaType::ImageManifest, docker(MANIFEST)].contains(image.media_type()) {
             reject!("it is of the type {}, not an OCI image manifest", image.media_type());
         }
         let manifest: ImageManifest = parse(&manifest_bytes, "manifest")?;
@@ -162,6 +169,7 @@ impl Previous {
         }
         Ok(Some(Self {
             digest: digest(&image)?,
+            is_oci: *image.media_type() == MediaType::ImageManifest,
             manifest: manifest_bytes,
             config: config_bytes,
             architecture: config.architecture().to_string(),
@@ -183,6 +191,11 @@ impl Previous {
             [] => reject!("the previous image {} holds no commit", self.reference),
             _ => reject!("the previous image {} holds several refs: {}", self.reference, names.join(", ")),
         }
+    }
+
+    /// Whether its manifest is one of OCI, as all that are written here.
+    pub fn is_oci(&self) -> bool {
+        self.is_oci
     }
 
     /// Where it is.
@@ -334,9 +347,13 @@ impl Read for Opened<'_, '_> {
     }
 }
 
+fn docker(media_type: &str) -> MediaType {
+    MediaType::Other(media_type.to_owned())
+}
+
 /// What manifest and config say of a layer.
 fn expected(descriptor: &Descriptor, diff_id: &str) -> Result<Layer> {
-    if *descriptor.media_type() != MediaType::ImageLayerGzip {
+    if ![MediaType::ImageLayerGzip, docker(LAYER)].contains(descriptor.media_type()) {
         reject!("it is of the type {}, so it is not a layer of an oscontainer", descriptor.media_type());
     }
     Ok(Layer { digest: digest(descriptor)?, size: descriptor.size(), diff_id: diff_id.parse()? })
@@ -381,13 +398,8 @@ fn positions(index: &Index, own: u64) -> Vec<(Entry<'_>, u64)> {
 /// The manifest for `architecture` of an image for several machines, if there is one.
 fn for_machine(bytes: &[u8], architecture: &str) -> Result<Option<Descriptor>> {
     let index: ImageIndex = parse(bytes, "image index")?;
-    let fits = |image: &&Descriptor| {
-        image
-            .platform()
-            .as_ref()
-            .is_some_and(|platform| *platform.os() == Os::Linux && platform.architecture().to_string() == architecture)
-    };
-    Ok(index.manifests().iter().find(fits).cloned())
+    let wanted = Some((Os::Linux.to_string(), architecture.to_owned(), None));
+    Ok(index.manifests().iter().find(|image| document::machine(image) == wanted).cloned())
 }
 
 fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T> {

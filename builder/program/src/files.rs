@@ -1,5 +1,5 @@
 //! A file as an HTTP response: a strong ETag that the caller knows from the
-//! content, Range with If-Range, If-None-Match, HEAD. `Last-Modified` is never
+//! content, Range with If-Range, If-Match, If-None-Match, HEAD. `Last-Modified` is never
 //! sent: file times are all 0 here, and a node with a cached summary would get
 //! 304 for ever.
 
@@ -14,7 +14,7 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use futures_util::{Stream, TryStreamExt};
-use headers::{ETag, HeaderMapExt, IfNoneMatch};
+use headers::{ETag, HeaderMapExt, IfMatch, IfNoneMatch};
 use rustix::io::{ReadWriteFlags, preadv2};
 use tokio::fs::File;
 use tokio::sync::oneshot;
@@ -59,7 +59,7 @@ pub const IMMUTABLE: &str = "public, max-age=31536000, immutable";
 /// `Cache-Control` of what may change: every use asks for it again.
 pub const NO_CACHE: &str = "no-cache";
 
-/// The response to a GET or HEAD with `request`'s headers: 200, 206, 304 or 416.
+/// The response to a GET or HEAD with `request`'s headers: 200, 206, 304, 412 or 416.
 ///
 /// # Errors
 /// When the ETag is none.
@@ -71,6 +71,10 @@ pub fn respond<C: Content>(served: Served<C>, method: &Method, request: &HeaderM
     headers.insert(ETAG, validator.clone());
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static(served.cache_control));
+    if request.typed_get::<IfMatch>().is_some_and(|condition| !condition.precondition_passes(&etag)) {
+        *response.status_mut() = StatusCode::PRECONDITION_FAILED;
+        return Ok(response);
+    }
     if request.typed_get::<IfNoneMatch>().is_some_and(|condition| !condition.precondition_passes(&etag)) {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
         return Ok(response);
