@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, OnceCell};
 use tokio::time::timeout;
 
 use super::credentials::Credentials;
-use super::refusal::told;
+use super::refusal::{answered, told};
 use super::token::{self, Issuer};
 
 /// How long a connection attempt may take.
@@ -273,6 +273,19 @@ impl Access {
         }
         self.log_in(token.as_deref()).await?;
         ask(self.token().as_deref()).await
+    }
+
+    /// Whether the registry has the blob that is to be at `url`.
+    ///
+    /// # Errors
+    /// When it does not say.
+    pub async fn has(&self, url: &Url) -> Result<bool> {
+        let answer = self.send(Method::HEAD, url, self.connection.stall, |request| request).await?;
+        match answer.status() {
+            StatusCode::NOT_FOUND => Ok(false),
+            status if status.is_success() => Ok(true),
+            _ => Err(answered(answer, &self.connection).await),
+        }
     }
 
     /// Sends a request that cannot be made again; the caller looks after the time that it takes.

@@ -17,7 +17,7 @@ use super::layer::Layer;
 use super::output::WriteBlob;
 use super::parallel::in_order;
 use super::previous::Previous;
-use super::registry::Registry;
+use super::registry::{Mount, Registry};
 use super::upload::CHUNK;
 use super::{document, input, referrers};
 
@@ -33,12 +33,13 @@ pub struct RegistryOutput {
     /// Where it goes.
     pub registry: Registry,
     waiting: Vec<(Digest, Bytes)>,
+    mount: Option<Mount>,
 }
 
 impl RegistryOutput {
     /// Begins an image in `registry`.
     pub fn new(registry: Registry) -> Self {
-        Self { registry, waiting: Vec::new() }
+        Self { registry, waiting: Vec::new(), mount: None }
     }
 
     /// Stores a blob of exactly `size` bytes.
@@ -49,7 +50,7 @@ impl RegistryOutput {
         if size > CHUNK as u64 {
             let digest = write(&mut io::sink())?;
             if !self.registry.has(&digest)? {
-                self.registry.push(&digest, size, &mut |upload| write(upload))?;
+                self.registry.push(&digest, size, None, &mut |upload| write(upload))?;
             }
             return Ok(digest);
         }
@@ -84,7 +85,7 @@ impl RegistryOutput {
             if self.registry.has(digest)? {
                 return Ok(());
             }
-            self.registry.push(digest, bytes.len() as u64, &mut |upload| {
+            self.registry.push(digest, bytes.len() as u64, None, &mut |upload| {
                 upload.send(bytes.clone())?;
                 Ok(*digest)
             })
@@ -96,16 +97,20 @@ impl RegistryOutput {
     ///
     /// # Errors
     /// When it cannot be read, or the registry does not take it.
-    pub fn keep(&self, previous: &Previous, layer: &Layer, write: WriteBlob<'_>) -> Result<()> {
-        let Self { registry, .. } = self;
+    pub fn keep(&mut self, previous: &Previous, layer: &Layer, write: WriteBlob<'_>) -> Result<()> {
+        let Self { registry, mount, .. } = self;
         let (here, from) = (registry.reference(), previous.repository());
         let same = from.filter(|from| from.registry() == here.registry());
         // Its index was just read there.
         let there = same.is_some_and(|from| from.repository() == here.repository());
-        if there || registry.has(&layer.digest)? || same.is_some_and(|from| registry.mount(from, &layer.digest)) {
+        if there || registry.has(&layer.digest)? {
             return Ok(());
         }
-        registry.push(&layer.digest, layer.size, &mut |upload| write(upload))
+        // An image has one previous one.
+        if let (Some(from), None) = (same, &mount) {
+            *mount = Some(registry.mount(from)?);
+        }
+        registry.push(&layer.digest, layer.size, mount.as_ref(), &mut |upload| write(upload))
     }
 
     /// Stores what waits and the `manifest` that `machine` describes, with the documents of `commit` where the
