@@ -60,14 +60,6 @@ pub struct Mount {
     refused: AtomicBool,
 }
 
-/// Where a registry lists what is attached to an image.
-pub enum Attached {
-    /// It has the API for it, and says these digests.
-    Listed(Vec<String>),
-    /// Under the image's own tag, which names this image index, if it names any.
-    Tagged(Option<Vec<u8>>),
-}
-
 impl<'a> Registries<'a> {
     /// None yet.
     pub fn new(options: &'a RegistryOptions) -> Self {
@@ -94,7 +86,7 @@ impl<'a> Registries<'a> {
         }
         let connection = match opened.iter().find(same) {
             Some(known) => Arc::clone(&known.access.connection),
-            None => Arc::new(Connection::open(host, self.options, credentials)?),
+            None => Arc::new(Connection::open(host, self.options, credentials, &mut retry)?),
         };
         let scopes = vec![scope(reference, if push { "pull,push" } else { "pull" })];
         let access = Arc::new(Access::new(connection, scopes));
@@ -262,17 +254,23 @@ impl Registry {
         Session::begin(self, *digest, None).await
     }
 
-    /// What the registry says to be attached to the image with `digest`.
+    /// The digests of what the registry says to be attached to the image with `digest`; nothing where it has no API for
+    /// that, which registries say in many ways.
     ///
     /// # Errors
     /// When the registry does not answer.
-    pub fn referrers(&self, digest: &Digest) -> Result<Attached> {
-        match self.get(&format!("referrers/{digest}"), &format!("reading what is attached to {digest}"))? {
-            None => Ok(Attached::Tagged(self.tagged(&digest.to_string().replace(':', "-"))?)),
-            Some(bytes) => match serde_json::from_slice::<ImageIndex>(&bytes) {
-                Ok(index) => Ok(Attached::Listed(index.manifests().iter().map(|m| m.digest().to_string()).collect())),
-                Err(e) => reject!("what is attached to {digest} cannot be read: {e}"),
-            },
+    pub fn referrers(&self, digest: &Digest) -> Result<Option<Vec<String>>> {
+        let bytes = match self.get(&format!("referrers/{digest}"), &format!("reading what is attached to {digest}")) {
+            Err(error) if exit::code(&error) == exit::REJECTED => {
+                tracing::debug!("no referrers API: {error:#}");
+                return Ok(None);
+            }
+            found => found?,
+        };
+        let Some(bytes) = bytes else { return Ok(None) };
+        match serde_json::from_slice::<ImageIndex>(&bytes) {
+            Ok(index) => Ok(Some(index.manifests().iter().map(|m| m.digest().to_string()).collect())),
+            Err(e) => reject!("what is attached to {digest} cannot be read: {e}"),
         }
     }
 

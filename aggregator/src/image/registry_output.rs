@@ -6,7 +6,7 @@ use std::io;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use bytes::Bytes;
 use oci_spec::image::{Descriptor, MediaType};
 use oscontainer_artifact::digest::Digest;
@@ -130,11 +130,8 @@ impl RegistryOutput {
         let Self { registry, .. } = self;
         // First, so that whoever sees the image finds them.
         let subject = document::descriptor(MediaType::ImageManifest, machine.size(), input::digest(machine)?)?;
-        match referrers::attach(&registry, &subject, documents) {
-            Err(error) if exit::code(&error) == exit::REJECTED => {
-                tracing::warn!("the registry takes no attached documents: {}", exit::chain(&error));
-            }
-            attached => attached.context("attaching the documents of the commit")?,
+        if let Err(error) = referrers::attach(&registry, &subject, documents) {
+            tracing::warn!("the registry has not taken the attached documents: {}", exit::chain(&error));
         }
         let tag = (!in_index).then(|| registry.tag());
         registry.push_manifest(manifest, &MediaType::ImageManifest, tag)?;
@@ -142,25 +139,38 @@ impl RegistryOutput {
     }
 }
 
-/// Adds `manifest` to the image index that the tag names, and looks twice whether it stays there: a registry has no
-/// locks, and what another adds at the same time may take its place.
+/// Adds `manifest` to the image index that the tag names.
 fn add_to_index(registry: &Registry, manifest: &Descriptor) -> Result<Digest> {
+    let index = change_index(registry, registry.tag(), |current| document::add_to_index(current, manifest.clone()))?;
+    Ok(Digest::of(&index))
+}
+
+/// Puts what `change` makes of the image index that `tag` names in its place, and looks twice whether it stays there: a
+/// registry has no locks, and what another puts there at the same time may take its place. Gives what is there.
+///
+/// # Errors
+/// Those of `change`; when the registry does not take it.
+pub fn change_index(
+    registry: &Registry,
+    tag: &str,
+    change: impl Fn(Option<&[u8]>) -> Result<Vec<u8>>,
+) -> Result<Vec<u8>> {
     let mut seen = 0;
     for _ in 0..INDEX_TRIES {
-        let current = registry.tagged(registry.tag())?;
-        let index = document::add_to_index(current.as_deref(), manifest.clone())?;
-        if current.as_deref() == Some(&index[..]) {
+        let current = registry.tagged(tag)?;
+        let index = change(current.as_deref())?;
+        if current.as_ref() == Some(&index) {
             seen += 1;
             if seen == 2 {
-                return Ok(Digest::of(&index));
+                return Ok(index);
             }
         } else {
             seen = 0;
-            registry.push_manifest(&index, &MediaType::ImageIndex, Some(registry.tag()))?;
+            registry.push_manifest(&index, &MediaType::ImageIndex, Some(tag))?;
         }
         let (least, more) = INDEX_PAUSE;
         let random = RandomState::new().hash_one(0);
         thread::sleep(least + Duration::from_millis(random % more));
     }
-    bail!("the image index {} changes all the time", registry.reference())
+    bail!("the image index {tag} of {} changes all the time", registry.reference())
 }
