@@ -182,9 +182,9 @@ impl Registry {
         Ok(Mount { repository: from.repository().to_owned(), access, refused: refused.into() })
     }
 
-    /// Uploads the blob `digest` of `size` bytes, which `write` gives to the upload, unless the registry can take it over
-    /// by `mount`. What breaks goes on where the registry has it; where it has nothing of it any more, `write` is called
-    /// again.
+    /// Uploads the blob `digest` of `size` bytes, which `write` gives to the upload, unless the registry can take it
+    /// over by `mount`. What breaks goes on where the registry has it; where it has nothing of it any more, `write` is
+    /// called again.
     ///
     /// # Errors
     /// Those of `write`; when the registry does not take it.

@@ -248,8 +248,8 @@ impl Session {
         self.expect_more(answer, StatusCode::CREATED).await.map(|_| ())
     }
 
-    /// After `error` finds out how much the registry has, which must be in `possible`. Gives whether the upload is to go
-    /// on: one that had `ended` may be a blob by now.
+    /// After `error` finds out how much the registry has, which must be in `possible`. Gives whether the upload is to
+    /// go on: one that had `ended` may be a blob by now.
     async fn recover(&mut self, mut error: Error, possible: RangeInclusive<u64>, ended: bool) -> Result<bool> {
         let what = format!("uploading the blob {}", self.digest);
         loop {
