@@ -135,6 +135,10 @@ pub enum Trouble {
     CutAnswer(usize),
     /// Takes so many bytes of the request's body and closes.
     CutRequest(usize),
+    /// Passes it on, and puts this header before those of the answer.
+    Adds(String),
+    /// Passes this request, `METHOD PATH`, on instead.
+    Instead(String),
 }
 
 /// An HTTP proxy before a registry, one request for each connection: it notes the requests
@@ -179,9 +183,13 @@ impl Door {
 
     fn pass(&self, mut client: TcpStream, backend: &str) -> std::io::Result<()> {
         let mut reader = BufReader::new(client.try_clone()?);
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        let mut head = line.clone();
+        let mut line = Vec::new();
+        reader.read_until(b'\n', &mut line)?;
+        // As servers without TLS answer who speaks it.
+        let Ok(line) = String::from_utf8(line) else {
+            return client.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        };
+        let mut head = String::new();
         let mut length = 0;
         loop {
             let mut header = String::new();
@@ -232,13 +240,20 @@ impl Door {
                 std::io::copy(&mut body.take(bytes as u64), &mut std::io::sink())?;
                 return client.shutdown(std::net::Shutdown::Both);
             }
-            Trouble::None | Trouble::CutAnswer(_) => {}
+            Trouble::None | Trouble::CutAnswer(_) | Trouble::Adds(_) | Trouble::Instead(_) => {}
         }
         let mut registry = TcpStream::connect(backend)?;
-        registry.write_all(head.as_bytes())?;
+        let line = if let Trouble::Instead(request) = &trouble { format!("{request} HTTP/1.1\r\n") } else { line };
+        registry.write_all(format!("{line}{head}").as_bytes())?;
         std::io::copy(&mut body, &mut registry)?;
         let limit = if let Trouble::CutAnswer(bytes) = trouble { bytes as u64 } else { u64::MAX };
-        std::io::copy(&mut registry.take(limit), &mut client)?;
+        let mut answer = BufReader::new(registry).take(limit);
+        if let Trouble::Adds(header) = &trouble {
+            let mut status = String::new();
+            answer.read_line(&mut status)?;
+            client.write_all(format!("{status}{header}\r\n").as_bytes())?;
+        }
+        std::io::copy(&mut answer, &mut client)?;
         client.shutdown(std::net::Shutdown::Both)
     }
 }

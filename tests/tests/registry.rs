@@ -3,12 +3,13 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use e2e::issuer::{IDENTITY, Issuer};
+use e2e::proxy::Tunnels;
 use e2e::registry::{Access, Door, PASSWORD, Registry, Trouble, USER};
 use e2e::repo::OstreeRepo;
-use e2e::{aggregator, fails, ok, tool};
+use e2e::{aggregator, fails, free_address, ok, run, tool, wait_for};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -128,6 +129,21 @@ fn only_what_is_new_moves_and_digests_are_the_same_everywhere() {
     door.set(|request| if request.contains("mount=") { Trouble::Status(202) } else { Trouble::None });
     let streamed = ok(plain(&repo, &at("d/host:2")).args(["--previous", &at("a/host:1")])).json();
     assert_eq!(streamed["digest"], second["digest"]);
+    // One that begins an upload instead is taken at its word; one that is busy is asked again.
+    door.set(|request| match request.split_once('?') {
+        Some((upload, how)) if how.starts_with("mount=") => Trouble::Instead(upload.to_owned()),
+        _ => Trouble::None,
+    });
+    door.seen();
+    let streamed = ok(plain(&repo, &at("e/host:2")).args(["--previous", &at("a/host:1")])).json();
+    assert_eq!(streamed["digest"], second["digest"]);
+    let seen = door.seen();
+    assert_eq!((count(&seen, "POST", "mount="), count(&seen, "POST", "/uploads/")), (2, 7), "{seen:#?}");
+    first_requests(&door, "POST", "mount=", 1, Trouble::Status(503));
+    let done = ok(plain(&repo, &at("f/host:2")).args(["--previous", &at("a/host:1")]));
+    assert_eq!((&done.json()["digest"], done.stderr.contains("next try")), (&second["digest"], true));
+    let seen = door.seen();
+    assert_eq!((count(&seen, "POST", "mount="), count(&seen, "PUT", "/uploads/")), (3, 5), "{seen:#?}");
     door.set(|_| Trouble::None);
 
     // Mirrors keep the digests.
@@ -199,12 +215,49 @@ fn passwords_and_certificates() {
     fs::write(&file, "no JSON").unwrap();
     fails(trusting(&name).arg("--authfile").arg(&file), 2, "Unable to read config");
 
+    // It is asked for the registry alone; Docker's own registry has another name there.
+    let asked = dir.path().join("asked");
+    let script = format!(
+        "#!/bin/sh\nread -r key || :\necho \"$key\" >> {}\ntest \"$key\" = https://index.docker.io/v1/ || \
+         {{ echo credentials not found in native keychain; exit 1; }}\n\
+         echo '{{\"ServerURL\":\"x\",\"Username\":\"{USER}\",\"Secret\":\"{PASSWORD}\"}}'\n",
+        asked.display()
+    );
+    fs::write(bin.join("docker-credential-test"), script).unwrap();
+    fs::write(&file, r#"{"credsStore":"test"}"#).unwrap();
+    let hub = Tunnels::start(&registry.address);
+    let mut pushed = plain(&repo, "docker://docker.io/somebody/host:1");
+    ok(pushed.env("PATH", &path).env("https_proxy", format!("http://{}", hub.address())).arg("--authfile").arg(&file));
+    assert!(hub.asked().iter().all(|name| name == "index.docker.io:443"), "{:?}", hub.asked());
+    assert_eq!(fs::read_to_string(&asked).unwrap(), "docker.io\nhttps://index.docker.io/v1/\n");
+
+    // Without XDG_RUNTIME_DIR podman's lie elsewhere: here on a /run of the test's own.
+    login(&file, &registry.address, PASSWORD);
+    let inner = trusting(&name);
+    let own = "mount -t tmpfs none /run && mkdir -p /run/containers/0 && cp \"$0\" /run/containers/0/auth.json && exec \"$@\"";
+    let mut namespace = tool("unshare");
+    namespace.args(["--map-root-user", "--mount", "sh", "-ec", own]).arg(&file);
+    namespace.arg(inner.get_program()).args(inner.get_args()).env_clear();
+    ok(namespace.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("PATH", &path));
+
     // Without TLS only when asked.
     let bare = Registry::start(dir.path(), Access::Password);
     login(&file, &bare.address, PASSWORD);
     fails(image(&repo, &bare.image("host:1")).arg("--authfile").arg(&file), 3, "no TLS that is trusted");
     let pushed = ok(plain(&repo, &bare.image("host:1")).arg("--authfile").arg(&file)).json();
     assert_eq!(pushed["digest"], digest);
+    // And not because nobody is there, or says nothing.
+    fails(&mut plain(&repo, &format!("docker://{}/host:1", free_address())), 1, "for TLS: ");
+    let silent = free_address();
+    let mut server = tool("openssl");
+    server.args(["s_server", "-quiet", "-accept", &silent, "-cert"]).arg(&registry.ca).arg("-key");
+    server.arg(registry.ca.with_file_name("key.pem")).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut server = server.spawn().unwrap();
+    wait_for(|| std::net::TcpStream::connect(&silent).is_ok(), "openssl to listen");
+    let done = run(plain(&repo, &format!("docker://{silent}/host:1")).arg("--stall-timeout=1"));
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert!(done.code == 1 && done.stderr.contains("has not answered for 1 s"), "{done:?}");
 }
 
 #[test]
@@ -254,8 +307,18 @@ fn tokens_for_passwords_and_for_identity_tokens() {
     let at = |name: &str| format!("docker://{}/{name}", door.address);
     let mut mounted = plain(&repo, &at("mounted:2"));
     ok(mounted.arg("--authfile").arg(&file).args(["--previous", &at("host:1")]));
-    // The new layer, the config and three parts of the documents; the old layers were mounted.
+    // The new layer, the config and three parts of the documents; the old layers were mounted, with one token.
     assert_eq!(count(&door.seen(), "PUT", "/blobs/uploads/"), 5);
+    let mount = "refresh_token repository:mounted:pull,push repository:host:pull";
+    assert_eq!(issuer.issued().iter().filter(|issued| *issued == mount).count(), 1);
+    // Some want a token only for what is in a repository, and some would take a password too.
+    let empty = "HTTP/1.1 200 x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    door.set(move |request| if request == "GET /v2/" { Trouble::Says(empty.into()) } else { Trouble::None });
+    ok(plain(&repo, &at("asked:1")).arg("--authfile").arg(&file));
+    assert_eq!(issuer.issued(), ["refresh_token repository:asked:pull,push"]);
+    first_requests(&door, "GET", "/v2/", u32::MAX, Trouble::Adds("WWW-Authenticate: Basic realm=\"x\"".into()));
+    ok(plain(&repo, &at("both:1")).arg("--authfile").arg(&file));
+    assert_eq!(issuer.issued(), ["refresh_token repository:both:pull,push"]);
     // A token whose time is over: the next one is got.
     let through = at("late:1");
     for (method, part, status) in [
@@ -392,9 +455,15 @@ fn a_registry_that_misbehaves_is_tried_again_or_named() {
         assert_eq!(done.json()["digest"], expected, "{method} {trouble:?}");
         assert!(done.stderr.contains("next try in"), "{method} {trouble:?}: {}", done.stderr);
     }
-    // A registry that takes no chunks gets blobs whole.
-    first_requests(door, "PATCH", "", u32::MAX, Trouble::Status(200));
-    assert_eq!(ok(&mut plain(repo, &at("whole:1"))).json()["digest"], expected);
+    // A registry that takes no chunks, or no such, gets blobs whole.
+    for status in [200, 400, 404, 405, 413, 415, 416, 501] {
+        first_requests(door, "PATCH", "", u32::MAX, Trouble::Status(status));
+        door.seen();
+        let done = ok(&mut plain(repo, &at(&format!("whole{status}:1"))));
+        assert_eq!(done.json()["digest"], expected);
+        assert!(done.stderr.contains("sending blobs whole") && !done.stderr.contains("next try"), "{}", done.stderr);
+        assert_eq!(count(&door.seen(), "PATCH", ""), 1, "{status}");
+    }
 
     repo.commit(REF, "two");
     first_requests(door, "GET", "/blobs/", 3, Trouble::CutAnswer(100_000));
@@ -454,6 +523,58 @@ fn an_upload_goes_on_where_it_broke() {
     assert!(ok(&mut plain(repo, &image_at("lost:1"))).stderr.contains("next try in"));
     let seen = door.seen();
     assert_eq!((count(&seen, "POST", "/uploads/"), count(&seen, "PATCH", "")), (begun, chunks), "{seen:#?}");
+    // Nor does it begin anew where the end is refused at first, or the question how far it is.
+    let (mut large, mut puts, mut gets) = (false, 0, 0);
+    door.set(move |request| {
+        large |= request.starts_with("PATCH");
+        let (ends, asks) = (request.starts_with("PUT") && large, request.starts_with("GET") && large);
+        puts += u32::from(ends && request.contains("/uploads/"));
+        gets += u32::from(asks && request.contains("/uploads/"));
+        match (ends && puts == 1, asks && gets == 1) {
+            (true, _) => Trouble::Status(503),
+            (_, true) => Trouble::CutAnswer(0),
+            _ => Trouble::None,
+        }
+    });
+    ok(&mut plain(repo, &image_at("end:1")));
+    let seen = door.seen();
+    assert_eq!((count(&seen, "POST", "/uploads/"), count(&seen, "PATCH", "")), (begun, chunks), "{seen:#?}");
+    assert_eq!(count(&seen, "GET", "/uploads/"), 2, "{seen:#?}");
+}
+
+#[test]
+fn an_upload_that_is_gone_begins_anew() {
+    let behind = Behind::new(20 << 20);
+    let Behind { repo, door, .. } = &behind;
+    // As after a restart of docker-registry without a secret: no session of before is known, in chunks and whole.
+    for (name, patch) in [("chunks:1", 202), ("whole:1", 405)] {
+        let (mut large, mut gone, mut lost) = (false, false, 0);
+        door.set(move |request| {
+            let (method, upload) = (request.split(' ').next(), request.contains("/uploads/"));
+            large |= method == Some("PATCH");
+            gone |= large && lost == 0 && upload && method == Some("PUT");
+            gone &= method != Some("POST");
+            lost += u32::from(gone);
+            match method {
+                Some("PUT" | "GET") if gone && upload => Trouble::Status(404),
+                Some("PATCH") if patch != 202 => Trouble::Status(patch),
+                _ => Trouble::None,
+            }
+        });
+        assert!(ok(&mut plain(repo, &behind.at(name))).stderr.contains("next try"), "{name}");
+    }
+}
+
+#[test]
+fn chunks_are_as_large_as_the_registry_wants_them() {
+    let behind = Behind::new(50 << 20);
+    let Behind { repo, door, .. } = &behind;
+    for (least, chunks) in [(1 << 20, 4), (40 << 20, 2), (100 << 20, 0)] {
+        first_requests(door, "POST", "", u32::MAX, Trouble::Adds(format!("OCI-Chunk-Min-Length: {least}")));
+        door.seen();
+        ok(&mut plain(repo, &behind.at(&format!("host{least}:1"))));
+        assert_eq!(count(&door.seen(), "PATCH", ""), chunks, "{least}");
+    }
 }
 
 #[test]
@@ -501,6 +622,37 @@ fn documents_are_attached() {
     ok(&mut plain(&repo, &registry.image("host:again")));
     let after = raw(&format!("host:{tag}"));
     assert_eq!(after["manifests"].as_array().unwrap().len(), 3);
+    // Also where it is of the same type, and another's list takes the place of ours at first.
+    let mut theirs = more.clone();
+    theirs["annotations"] = serde_json::json!({"kept": "yes"});
+    let entries = theirs["manifests"].as_array_mut().unwrap();
+    entries[0]["annotations"].as_object_mut().unwrap().remove("oscontainer.document");
+    entries[0]["digest"] = entries[1]["digest"].clone();
+    entries.truncate(1);
+    fs::write(&file, theirs.to_string()).unwrap();
+    ok(tool("curl")
+        .args(["-sSf", "-X", "PUT", "-H", media_type, "--data-binary"])
+        .arg(format!("@{}", file.display()))
+        .arg(&url));
+    let door = Door::before(&registry.address);
+    first_requests(&door, "PUT", "/manifests/sha256-", 1, Trouble::Status(201));
+    ok(&mut plain(&repo, &format!("docker://{}/host:1", door.address)));
+    let after = raw(&format!("host:{tag}"));
+    assert_eq!((after["manifests"].as_array().unwrap().len(), &after["annotations"]["kept"]), (3, &"yes".into()));
+    assert_eq!(after["manifests"][0], theirs["manifests"][0]);
+    // A registry may say in many ways that it has no API for it.
+    for status in [400, 403, 405, 501] {
+        first_requests(&door, "GET", "/referrers/", u32::MAX, Trouble::Status(status));
+        let name = format!("host{status}");
+        let done = ok(&mut plain(&repo, &format!("docker://{}/{name}:1", door.address)));
+        assert!(!done.stderr.contains("has not taken"), "{status}: {}", done.stderr);
+        assert_eq!(raw(&format!("{name}:{tag}")), list);
+    }
+    // Whatever it says, the image gets there.
+    first_requests(&door, "GET", "/referrers/", u32::MAX, Trouble::Status(503));
+    let done = ok(&mut plain(&repo, &format!("docker://{}/busy:1", door.address)));
+    assert!(done.stderr.contains("has not taken the attached documents"), "{}", done.stderr);
+    assert_eq!(inspect(&registry.image("busy:1"))["Digest"], digest.as_str());
 
     // A registry that has the API does not get the tag: here a door that answers for it.
     let door = Door::before(&registry.address);
@@ -516,11 +668,11 @@ fn documents_are_attached() {
     // One that does not say where a manifest is now.
     first_requests(&door, "PUT", "/manifests/sha256", u32::MAX, Trouble::Status(201));
     let done = ok(&mut plain(&repo, &format!("docker://{}/ecr:1", door.address)));
-    assert!(!done.stderr.contains("takes no attached documents"), "{}", done.stderr);
+    assert!(!done.stderr.contains("has not taken the attached documents"), "{}", done.stderr);
     // One that refuses such manifests gets the image all the same.
     first_requests(&door, "PUT", "/manifests/sha256:", u32::MAX, Trouble::Status(400));
     let done = ok(&mut plain(&repo, &format!("docker://{}/other:1", door.address)));
-    assert!(done.stderr.contains("takes no attached documents"), "{}", done.stderr);
+    assert!(done.stderr.contains("has not taken the attached documents"), "{}", done.stderr);
     assert_eq!(inspect(&registry.image("other:1"))["Digest"], digest.as_str());
 }
 
@@ -546,7 +698,7 @@ fn what_stays_wrong_is_one_error() {
     first_requests(door, "PUT", "/blobs/uploads/", u32::MAX, Trouble::CutRequest(1000));
     fails(plain(repo, &at("cut:2")).args(["--previous", &at("host:1")]), 1, "uploading the blob");
     // Nobody listens there.
-    fails(&mut image(repo, &format!("docker://{}/a:1", e2e::free_address())), 1, "https://");
+    fails(&mut image(repo, &format!("docker://{}/a:1", free_address())), 1, "https://");
     door.set(|_| Trouble::None);
     assert!(
         tool("skopeo").args(["inspect", "--tls-verify=false", &at("new:2")]).output().unwrap().status.code() != Some(0)

@@ -5,17 +5,17 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use clap::Args;
 use oci_client::Reference;
 use oscontainer_artifact::Rejected;
 use oscontainer_program::client::authorities;
 use oscontainer_program::reject;
-use oscontainer_program::retry::RetryOptions;
+use oscontainer_program::retry::{Retry, RetryOptions};
 use oscontainer_program::tls::install_provider;
 use reqwest::{Client, ClientBuilder, Method, RequestBuilder, Response, StatusCode, Url, redirect};
 use tokio::runtime::Runtime;
@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, OnceCell};
 use tokio::time::timeout;
 
 use super::credentials::Credentials;
-use super::refusal::told;
+use super::refusal::{answered, is_not_tls, told};
 use super::token::{self, Issuer};
 
 /// How long a connection attempt may take.
@@ -45,7 +45,7 @@ pub struct RegistryOptions {
     /// PEM file with the certificate authorities to trust instead of the system's
     #[arg(long, value_name = "FILE", env = "OSCONTAINER_CA_FILE")]
     ca_file: Option<PathBuf>,
-    /// With false, certificates are not verified, and registries without TLS are spoken to
+    /// With false, certificates are not verified, and registries that answer without TLS are spoken to
     #[arg(long, value_name = "BOOL", default_value_t = true, num_args = 1, action = clap::ArgAction::Set,
           env = "OSCONTAINER_TLS_VERIFY")]
     tls_verify: bool,
@@ -73,36 +73,48 @@ pub struct Connection {
     pub no_chunks: AtomicBool,
     options: RegistryOptions,
     http: Client,
+    /// Who issues tokens, as the API's base says.
     issuer: OnceCell<Option<Issuer>>,
+    /// The same, as it says to a request that has none.
+    challenger: OnceLock<Issuer>,
 }
 
 impl Connection {
-    /// Prepares to speak to the registry `host`.
+    /// Prepares to speak to the registry `host`. Where it need not have TLS, it is asked whether it has.
     ///
     /// # Errors
-    /// When certificates cannot be read.
-    pub fn open(host: &str, options: &RegistryOptions, credentials: Credentials) -> Result<Self> {
+    /// When certificates cannot be read; when it is asked, and does not answer.
+    pub fn open(host: &str, options: &RegistryOptions, credentials: Credentials, retry: &mut Retry) -> Result<Self> {
         install_provider();
-        let http = build(options, redirect::Policy::custom(safe))?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let mut scheme = "https";
-        if !options.tls_verify {
-            let asked = runtime.block_on(async { http.get(format!("https://{host}/v2/")).send().await });
-            if asked.is_err_and(|error| error.is_connect()) {
-                scheme = "http";
-            }
-        }
-        Ok(Self {
+        let base = |scheme| Url::parse(&format!("{scheme}://{host}/v2/")).with_context(|| format!("reading {host}"));
+        let mut connection = Self {
             registry: host.to_owned(),
-            base: Url::parse(&format!("{scheme}://{host}/v2/")).with_context(|| format!("reading {host}"))?,
+            base: base("https")?,
             credentials,
-            runtime,
+            runtime: tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?,
             stall: Duration::from_secs(options.stall_timeout),
             no_chunks: AtomicBool::new(false),
             options: options.clone(),
-            http,
+            http: build(options, redirect::Policy::custom(safe))?,
             issuer: OnceCell::new(),
-        })
+            challenger: OnceLock::new(),
+        };
+        if !options.tls_verify {
+            let what = format!("asking {host} for TLS");
+            let asked = retry.run(&what, async || connection.has_tls().await);
+            if !connection.runtime.block_on(asked).context(what)? {
+                connection.base = base("http")?;
+            }
+        }
+        Ok(connection)
+    }
+
+    /// Whether the registry speaks TLS. Only what is something else is none: who is silent or away now may have it.
+    async fn has_tls(&self) -> Result<bool> {
+        match self.answer(self.request(Method::GET, &self.base), self.stall).await? {
+            Err(error) if is_not_tls(&error) => Ok(false),
+            answer => answer.map(|_| true).map_err(|error| told(error, &self.registry)),
+        }
     }
 
     /// The URL of `path` below the registry's API.
@@ -131,10 +143,12 @@ impl Connection {
     /// # Errors
     /// When there is none.
     pub async fn send(&self, request: RequestBuilder, limit: Duration) -> Result<Response> {
-        match timeout(limit, request.send()).await {
-            Ok(answer) => answer.map_err(|error| told(error, &self.registry)),
-            Err(_) => bail!("{} has not answered for {} s", self.registry, limit.as_secs()),
-        }
+        self.answer(request, limit).await?.map_err(|error| told(error, &self.registry))
+    }
+
+    async fn answer(&self, request: RequestBuilder, limit: Duration) -> Result<reqwest::Result<Response>> {
+        let answer = timeout(limit, request.send()).await;
+        answer.map_err(|_| anyhow!("{} has not answered for {} s", self.registry, limit.as_secs()))
     }
 
     /// How long to wait for the answer to a request whose body has so many `bytes`.
@@ -168,12 +182,29 @@ impl Connection {
         Ok(bytes)
     }
 
-    /// Who issues tokens for the registry, if it wants any; it is asked once.
+    /// Who issues tokens for the registry, if it wants any; it is asked once. Some want none but for what they then
+    /// [say](Self::is_challenge).
     ///
     /// # Errors
     /// When it does not say.
     pub async fn issuer(&self) -> Result<Option<&Issuer>> {
-        Ok(self.issuer.get_or_try_init(|| token::issuer(self)).await?.as_ref())
+        match self.challenger.get() {
+            Some(issuer) => Ok(Some(issuer)),
+            None => Ok(self.issuer.get_or_try_init(|| token::issuer(self)).await?.as_ref()),
+        }
+    }
+
+    /// Whether with `answer` the registry wants a token; who issues it is remembered.
+    ///
+    /// # Errors
+    /// Rejected when it is somebody less safe.
+    fn is_challenge(&self, answer: &Response) -> Result<bool> {
+        if answer.status() != StatusCode::UNAUTHORIZED || answer.url().origin() != self.base.origin() {
+            return Ok(false);
+        }
+        let Some(issuer) = token::challenge(&self.base, answer)? else { return Ok(false) };
+        self.challenger.get_or_init(|| issuer);
+        Ok(true)
     }
 
     /// `request` to `url` with what proves who we are, which goes to the registry and to nobody else.
@@ -250,7 +281,7 @@ impl Access {
         self.token.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sends what `complete` makes of a request, within `limit`; once more, if the token's time was over.
+    /// Sends what `complete` makes of a request, within `limit`; once more, if it wants another token.
     ///
     /// # Errors
     /// When there is no answer; refusals are answers.
@@ -268,11 +299,24 @@ impl Access {
         };
         let token = self.token();
         let answer = ask(token.as_deref()).await?;
-        if token.is_none() || !is_expired(&method, answer.status()) {
+        if !self.wants_another(token.as_deref(), &method, &answer)? {
             return Ok(answer);
         }
         self.log_in(token.as_deref()).await?;
         ask(self.token().as_deref()).await
+    }
+
+    /// Whether the registry has the blob that is to be at `url`.
+    ///
+    /// # Errors
+    /// When it does not say.
+    pub async fn has(&self, url: &Url) -> Result<bool> {
+        let answer = self.send(Method::HEAD, url, self.connection.stall, |request| request).await?;
+        match answer.status() {
+            StatusCode::NOT_FOUND => Ok(false),
+            status if status.is_success() => Ok(true),
+            _ => Err(answered(answer, &self.connection).await),
+        }
     }
 
     /// Sends a request that cannot be made again; the caller looks after the time that it takes.
@@ -283,18 +327,23 @@ impl Access {
         let token = self.token();
         let answer = self.connection.authorized(request, url, token.as_deref()).send().await;
         let answer = answer.map_err(|error| told(error, &self.connection.registry))?;
-        if token.is_some() && is_expired(&Method::PUT, answer.status()) {
+        if self.wants_another(token.as_deref(), &Method::PUT, &answer)? {
             self.log_in(token.as_deref()).await?;
-            bail!("{url} answered {}: the token's time was over", answer.status());
+            bail!("{url} answered {}: it wants another token", answer.status());
         }
         Ok(answer)
     }
-}
 
-/// Whether an answer may say that a token's time is over: some registries only find that a stranger may not write.
-fn is_expired(method: &Method, status: StatusCode) -> bool {
-    let reads = [Method::GET, Method::HEAD].contains(method);
-    status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN && !reads
+    /// Whether an answer may say that another token than `old` would do: the first one, or one whose time is not over.
+    /// Some registries only find that a stranger may not write.
+    fn wants_another(&self, old: Option<&str>, method: &Method, answer: &Response) -> Result<bool> {
+        let reads = [Method::GET, Method::HEAD].contains(method);
+        match (old, answer.status()) {
+            (None, _) => self.connection.is_challenge(answer),
+            (Some(_), StatusCode::UNAUTHORIZED) => Ok(true),
+            (Some(_), status) => Ok(status == StatusCode::FORBIDDEN && !reads),
+        }
+    }
 }
 
 /// What is asked for in a repository (distribution, "Token Scope Documentation").

@@ -2,14 +2,19 @@
 //! (containers-auth.json(5)): in the file that is named, else in the first of the
 //! usual ones that knows the registry; credential helpers are asked as the file says.
 
-use std::fs::File;
-use std::io::{BufReader, ErrorKind};
+use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use oci_client::Reference;
 use oscontainer_program::exit::Usage;
+use rustix::process::getuid;
+use serde_json::{Map, Value};
+
+/// Docker's name for its own registry, where helpers are asked (docker login).
+const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
 /// What proves who we are.
 #[derive(Clone, PartialEq, Eq)]
@@ -38,13 +43,14 @@ pub fn find(reference: &Reference, authfile: Option<&Path>) -> Result<Credential
         (None, None) => usual_files(),
     };
     for path in files {
-        for key in keys(reference) {
-            let file = match File::open(&path) {
-                Ok(file) => BufReader::new(file),
-                Err(e) if e.kind() == ErrorKind::NotFound => break,
-                Err(e) => return Err(e).with_context(|| format!("opening {}", path.display())),
-            };
-            match docker_credential::get_credential_from_reader(file, &key) {
+        let file = match fs::read(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            Err(e) => return Err(e).with_context(|| format!("reading {}", path.display())),
+        };
+        for (key, is_registry) in keys(reference) {
+            let known = if is_registry { file.clone() } else { without_helpers(&file) };
+            match docker_credential::get_credential_from_reader(&known[..], &key) {
                 Ok(DockerCredential::UsernamePassword(user, password)) => {
                     tracing::debug!("{} has credentials for {key}", path.display());
                     return Ok(Credentials::Password(user, password));
@@ -71,8 +77,11 @@ fn usual_files() -> Vec<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = variable("HOME");
     let below_home = |path: &str| home.as_ref().map(|home| home.join(path));
+    let own = PathBuf::from(format!("/run/containers/{}/auth.json", getuid().as_raw()));
     [
-        variable("XDG_RUNTIME_DIR").map(|dir| dir.join("containers/auth.json")),
+        // Others' directories may be closed to us.
+        Some(variable("XDG_RUNTIME_DIR").map_or(own, |dir| dir.join("containers/auth.json")))
+            .filter(|file| file.try_exists().is_ok()),
         variable("XDG_CONFIG_HOME").or_else(|| below_home(".config")).map(|dir| dir.join("containers/auth.json")),
         variable("DOCKER_CONFIG").or_else(|| below_home(".docker")).map(|dir| dir.join("config.json")),
     ]
@@ -81,11 +90,28 @@ fn usual_files() -> Vec<PathBuf> {
     .collect()
 }
 
-/// The repository, the namespaces above it, and the registry.
-fn keys(reference: &Reference) -> Vec<String> {
-    let whole = format!("{}/{}", reference.registry(), reference.repository());
-    let ends = whole.match_indices('/').map(|(end, _)| end).chain([whole.len()]);
-    let mut keys: Vec<_> = ends.map(|end| whole[..end].to_owned()).collect();
+/// The repository, the namespaces above it, and the registry, under all its names; whether it is the registry.
+fn keys(reference: &Reference) -> Vec<(String, bool)> {
+    let registry = reference.registry();
+    let whole = format!("{registry}/{}", reference.repository());
+    let below = whole.match_indices('/').map(|(end, _)| end).skip(1).chain([whole.len()]);
+    let mut keys: Vec<_> = below.map(|end| (whole[..end].to_owned(), false)).collect();
     keys.reverse();
+    keys.push((registry.to_owned(), true));
+    if registry == "docker.io" {
+        keys.push((DOCKER_HUB.to_owned(), true));
+    }
     keys
+}
+
+/// The file without what it says of helpers: they know registries, and nothing below them.
+fn without_helpers(file: &[u8]) -> Vec<u8> {
+    match serde_json::from_slice::<Map<String, Value>>(file) {
+        Ok(mut all) => {
+            all.retain(|name, _| name == "auths");
+            Value::Object(all).to_string().into_bytes()
+        }
+        // Who reads it says so.
+        Err(_) => file.to_owned(),
+    }
 }

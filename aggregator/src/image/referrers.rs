@@ -13,13 +13,15 @@ use super::document;
 use super::facts::{Commit, PREDICATE};
 use super::input::digest;
 use super::parallel::in_order;
-use super::registry::{Attached, Registry};
-use super::registry_output::RegistryOutput;
+use super::registry::Registry;
+use super::registry_output::{RegistryOutput, change_index};
 
 /// SPDX as JSON (IANA's registry of media types).
 const SPDX: &str = "application/spdx+json";
 /// An in-toto statement (in-toto attestation framework, "Bundle").
 const IN_TOTO: &str = "application/vnd.in-toto+json";
+/// The annotation that says which of our documents one is.
+const OURS: &str = "oscontainer.document";
 /// What an artifact without a config has as its config (OCI image specification).
 const EMPTY: &[u8] = b"{}";
 
@@ -35,11 +37,12 @@ pub struct Document {
 /// # Errors
 /// When `output` cannot store what waits there already.
 pub fn prepare(output: &mut RegistryOutput, image: &Digest, commit: &Commit) -> Result<Vec<Document>> {
-    let created = (ANNOTATION_CREATED.to_owned(), commit.created.clone());
-    let predicate = ("in-toto.io/predicate-type".to_owned(), PREDICATE.to_owned());
+    let annotation = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let created = annotation(ANNOTATION_CREATED, &commit.created);
+    let predicate = annotation("in-toto.io/predicate-type", PREDICATE);
     let documents = [
-        (SPDX, commit.sbom(), HashMap::from([created.clone()])),
-        (IN_TOTO, commit.provenance(Some(image)), HashMap::from([created, predicate])),
+        (SPDX, commit.sbom(), HashMap::from([annotation(OURS, "packages"), created.clone()])),
+        (IN_TOTO, commit.provenance(Some(image)), HashMap::from([annotation(OURS, "provenance"), created, predicate])),
     ];
     output.add(Digest::of(EMPTY), EMPTY.to_vec())?;
     let prepare = |(media_type, content, annotations): (&str, _, _)| {
@@ -79,30 +82,36 @@ pub fn attach(registry: &Registry, subject: &Descriptor, documents: Vec<Document
         Ok(entry)
     })?;
     match registry.referrers(&image)? {
-        Attached::Listed(listed) if entries.iter().all(|entry| listed.contains(&entry.digest().to_string())) => Ok(()),
-        Attached::Listed(_) => {
-            let tag = tag(&image);
-            list(registry, &tag, registry.tagged(&tag)?, entries)
-        }
-        Attached::Tagged(found) => list(registry, &tag(&image), found, entries),
+        Some(listed) if entries.iter().all(|entry| listed.contains(&entry.digest().to_string())) => Ok(()),
+        _ => list(registry, &image.to_string().replace(':', "-"), &entries),
     }
 }
 
-/// Where a registry without the referrers API has the list.
-fn tag(image: &Digest) -> String {
-    image.to_string().replace(':', "-")
+/// Adds `entries` to the list that `tag` names, where a registry without the referrers API has it.
+fn list(registry: &Registry, tag: &str, entries: &[Descriptor]) -> Result<()> {
+    match registry.tagged(tag)? {
+        // Nobody knows the image yet, so nobody else attaches to it.
+        None => registry.push_manifest(&add(None, entries)?, &MediaType::ImageIndex, Some(tag)),
+        Some(_) => change_index(registry, tag, |found| add(found, entries)).map(|_| ()),
+    }
 }
 
-/// Adds `entries` to the list that `tag` names, which is `found`, in place of others of their types.
-fn list(registry: &Registry, tag: &str, found: Option<Vec<u8>>, entries: Vec<Descriptor>) -> Result<()> {
+/// The list `found` with `entries` in it, each in place of the one that we attached before; what others attached stays.
+fn add(found: Option<&[u8]>, entries: &[Descriptor]) -> Result<Vec<u8>> {
     // What is no image index is nobody's list.
-    let index = found.as_ref().and_then(|bytes| serde_json::from_slice::<ImageIndex>(bytes).ok());
-    let mut manifests = index.map(|index| index.manifests().clone()).unwrap_or_default();
-    let has = |entry: &Descriptor| manifests.iter().any(|found| found.digest() == entry.digest());
-    if entries.iter().all(has) {
-        return Ok(());
+    let list = found.and_then(|bytes| Some((bytes, serde_json::from_slice::<ImageIndex>(bytes).ok()?)));
+    let Some((bytes, mut index)) = list else { return document::bytes(&document::index(entries.to_vec())?) };
+    let mut manifests = index.manifests().clone();
+    if entries.iter().all(|entry| manifests.iter().any(|found| found.digest() == entry.digest())) {
+        return Ok(bytes.to_vec());
     }
-    manifests.retain(|found| entries.iter().all(|entry| entry.artifact_type() != found.artifact_type()));
-    manifests.extend(entries);
-    registry.push_manifest(&document::bytes(&document::index(manifests)?)?, &MediaType::ImageIndex, Some(tag))
+    manifests.retain(|found| ours(found).is_none() || entries.iter().all(|entry| ours(entry) != ours(found)));
+    manifests.extend_from_slice(entries);
+    index.set_manifests(manifests);
+    document::bytes(&index)
+}
+
+/// Which of our documents an entry of a list is, if it is one.
+fn ours(entry: &Descriptor) -> Option<&String> {
+    entry.annotations().as_ref()?.get(OURS)
 }

@@ -9,6 +9,7 @@ use oscontainer_artifact::Rejected;
 use oscontainer_program::client::passing;
 use oscontainer_program::exit;
 use reqwest::{Response, StatusCode};
+use rustls::InvalidMessage;
 
 use super::connection::Connection;
 
@@ -18,7 +19,7 @@ const MAX_REASON: usize = 512;
 
 /// The error of a request that got no answer, for people; what will stay so is rejected.
 pub fn told(error: reqwest::Error, registry: &str) -> anyhow::Error {
-    if !is_tls(&error) {
+    if tls(&error).is_none() {
         return error.into();
     }
     let hint = "--ca-file names the authorities to trust, --tls-verify=false trusts anybody";
@@ -51,13 +52,19 @@ fn refused(url: &str, status: u16, message: &str, registry: &str) -> anyhow::Err
             .into();
     }
     let text = format!("{url} answered {status}: {}", message.trim());
-    // What may pass.
-    if matches!(status, 408 | 429 | 500..) { anyhow!(text) } else { Rejected::new(text).into() }
+    // What may pass; 501 is said of what the registry will never do.
+    if matches!(status, 408 | 429 | 500 | 502..) { anyhow!(text) } else { Rejected::new(text).into() }
 }
 
-/// Whether a connection failed because of TLS, such as an unknown certificate: no try will help.
-fn is_tls(error: &(dyn Error + 'static)) -> bool {
+/// Whether a connection failed because the other side speaks something else than TLS.
+pub fn is_not_tls(error: &reqwest::Error) -> bool {
+    matches!(tls(error), Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)))
+}
+
+/// Why TLS let a connection fail, such as an unknown certificate, if it did: no try will help.
+fn tls<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     // The source of an I/O error is not the error in it, but that one's source.
     let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-    error.is::<rustls::Error>() || inner.is_some_and(|inner| is_tls(inner)) || error.source().is_some_and(is_tls)
+    let found = error.downcast_ref().or_else(|| inner.and_then(|inner| tls(inner)));
+    found.or_else(|| error.source().and_then(tls))
 }

@@ -4,18 +4,18 @@
 use std::cell::RefCell;
 use std::io::Read;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use oci_client::Reference;
 use oci_client::manifest::{
     IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE,
 };
 use oci_spec::image::{ImageIndex, MediaType};
 use oscontainer_artifact::digest::Digest;
-use oscontainer_program::reject;
 use oscontainer_program::retry::Retry;
-use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE};
+use oscontainer_program::{exit, reject};
+use reqwest::header::{ACCEPT, CONTENT_TYPE};
 use reqwest::{Method, StatusCode};
 use tokio::sync::mpsc;
 
@@ -50,12 +50,14 @@ pub struct Registry {
     retry: Retry,
 }
 
-/// Where a registry lists what is attached to an image.
-pub enum Attached {
-    /// It has the API for it, and says these digests.
-    Listed(Vec<String>),
-    /// Under the image's own tag, which names this image index, if it names any.
-    Tagged(Option<Vec<u8>>),
+/// Another repository of the registry, out of which it may take blobs over.
+pub struct Mount {
+    /// Its name.
+    pub repository: String,
+    /// The right to read there and to write here.
+    pub access: Arc<Access>,
+    /// The registry lets us not.
+    refused: AtomicBool,
 }
 
 impl<'a> Registries<'a> {
@@ -84,7 +86,7 @@ impl<'a> Registries<'a> {
         }
         let connection = match opened.iter().find(same) {
             Some(known) => Arc::clone(&known.access.connection),
-            None => Arc::new(Connection::open(host, self.options, credentials)?),
+            None => Arc::new(Connection::open(host, self.options, credentials, &mut retry)?),
         };
         let scopes = vec![scope(reference, if push { "pull,push" } else { "pull" })];
         let access = Arc::new(Access::new(connection, scopes));
@@ -158,92 +160,117 @@ impl Registry {
     /// # Errors
     /// When the registry does not say.
     pub fn has(&self, digest: &Digest) -> Result<bool> {
-        let Connection { stall, .. } = *self.access.connection;
         let url = self.url(&format!("blobs/{digest}"))?;
-        self.attempt(&format!("asking for the blob {digest}"), async || {
-            let answer = self.access.send(Method::HEAD, &url, stall, |request| request).await?;
-            match answer.status() {
-                StatusCode::NOT_FOUND => Ok(false),
-                status if status.is_success() => Ok(true),
-                _ => Err(answered(answer, &self.access.connection).await),
-            }
-        })
+        self.attempt(&format!("asking for the blob {digest}"), async || self.access.has(&url).await)
     }
 
-    /// Takes a blob over from the repository of `from` within the registry, if it lets us.
-    pub fn mount(&self, from: &Reference, digest: &Digest) -> bool {
-        let connection = &self.access.connection;
+    /// Prepares to take blobs over from the repository of `from` within the registry.
+    ///
+    /// # Errors
+    /// When the registry does not answer; it may refuse.
+    pub fn mount(&self, from: &Reference) -> Result<Mount> {
         let scopes = vec![scope(&self.reference, "pull,push"), scope(from, "pull")];
-        let both = Access::new(Arc::clone(connection), scopes);
-        let mount = async {
-            both.log_in(None).await?;
-            let mut url = self.url("blobs/uploads/")?;
-            url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from.repository());
-            let answer =
-                both.send(Method::POST, &url, connection.stall, |request| request.header(CONTENT_LENGTH, 0)).await?;
-            Ok::<_, anyhow::Error>(answer.status() == StatusCode::CREATED)
+        let access = Arc::new(Access::new(Arc::clone(&self.access.connection), scopes));
+        let what = format!("logging in at {} to take blobs over from {from}", self.access.connection.registry);
+        let refused = match self.attempt(&what, async || access.log_in(None).await) {
+            Err(error) if exit::code(&error) == exit::REJECTED => {
+                tracing::debug!("nothing can be mounted: {error:#}");
+                true
+            }
+            done => done.map(|()| false)?,
         };
-        connection.runtime.block_on(mount).unwrap_or_else(|error| {
-            tracing::debug!("{digest} cannot be mounted from {from}: {error:#}");
-            false
-        })
+        Ok(Mount { repository: from.repository().to_owned(), access, refused: refused.into() })
     }
 
-    /// Uploads the blob `digest` of `size` bytes, which `write` gives to the upload. What breaks goes on where the registry
-    /// has it; where it has nothing of it any more, `write` is called again.
+    /// Uploads the blob `digest` of `size` bytes, which `write` gives to the upload, unless the registry can take it
+    /// over by `mount`. What breaks goes on where the registry has it; where it has nothing of it any more, `write` is
+    /// called again.
     ///
     /// # Errors
     /// Those of `write`; when the registry does not take it.
-    pub fn push(&self, digest: &Digest, size: u64, write: &mut dyn FnMut(&mut Upload) -> Result<Digest>) -> Result<()> {
+    pub fn push(
+        &self,
+        digest: &Digest,
+        size: u64,
+        mount: Option<&Mount>,
+        write: &mut dyn FnMut(&mut Upload) -> Result<Digest>,
+    ) -> Result<()> {
         let Connection { runtime, no_chunks, .. } = &*self.access.connection;
         let what = format!("uploading the blob {digest}");
-        let mut retry = self.patience();
+        let (mut retry, mut furthest) = (self.patience(), 0);
         loop {
-            let (sender, receiver) = mpsc::channel(1);
-            let session = Session::new(self, *digest)?;
-            let upload = if no_chunks.load(Ordering::Relaxed) {
-                runtime.spawn(session.send_whole(size, receiver))
-            } else {
-                runtime.spawn(session.send(receiver))
-            };
-            let mut writer = Upload::new(sender);
-            let written = write(&mut writer).and_then(|found| {
-                if found != *digest {
-                    reject!("what was to be uploaded has changed: its digest was {digest} and is {found}");
-                }
-                Ok(std::io::Write::flush(&mut writer)?)
-            });
-            let closed = writer.end(written.as_ref().err().map(ToString::to_string));
-            let uploaded = runtime.block_on(upload).context("uploading")?;
-            match (written, uploaded) {
-                (Err(error), _) if !closed => return Err(error),
-                (_, Ok(())) => return Ok(()),
-                (_, Err(Failure::NoChunks(why))) if !no_chunks.swap(true, Ordering::Relaxed) => {
-                    tracing::info!("the registry does not take chunks ({why}): sending blobs whole");
-                }
-                (_, Err(Failure::NoChunks(why))) => return Err(anyhow!(why).context(what)),
-                (_, Err(Failure::Other(error))) => {
-                    self.pause(&mut retry, &what, error)?;
-                    // It may have all of it, and only its answer be lost.
-                    if self.has(digest)? {
-                        return Ok(());
+            let error = match runtime.block_on(self.begin(digest, mount)) {
+                Ok(None) => return Ok(()),
+                Ok(Some(session)) => {
+                    let (sender, receiver) = mpsc::channel(1);
+                    let mut writer = Upload::new(sender, session.chunk());
+                    let upload = runtime.spawn(session.send(size, receiver));
+                    let written = write(&mut writer).and_then(|found| {
+                        if found != *digest {
+                            reject!("what was to be uploaded has changed: its digest was {digest} and is {found}");
+                        }
+                        Ok(std::io::Write::flush(&mut writer)?)
+                    });
+                    let closed = writer.end(written.as_ref().err().map(ToString::to_string));
+                    let (offset, uploaded) = runtime.block_on(upload).context("uploading")?;
+                    // Only what was never reached is progress: an upload that is lost at the same place each time ends.
+                    if offset > furthest {
+                        furthest = offset;
+                        retry.progress();
+                    }
+                    match (written, uploaded) {
+                        (Err(error), _) if !closed => return Err(error),
+                        (_, Ok(())) => return Ok(()),
+                        (_, Err(Failure::NoChunks(why))) => {
+                            if !no_chunks.swap(true, Ordering::Relaxed) {
+                                tracing::info!("the registry does not take chunks ({why}): sending blobs whole");
+                            }
+                            continue;
+                        }
+                        (_, Err(Failure::Other(error))) => error,
                     }
                 }
+                Err(error) => error,
+            };
+            self.pause(&mut retry, &what, error)?;
+            // It may have all of it, and only its answer be lost.
+            if self.has(digest)? {
+                return Ok(());
             }
         }
     }
 
-    /// What the registry says to be attached to the image with `digest`.
+    /// Begins an upload, if the blob cannot be taken over by `mount`.
+    async fn begin(&self, digest: &Digest, mount: Option<&Mount>) -> Result<Option<Session>> {
+        if let Some(from) = mount.filter(|from| !from.refused.load(Ordering::Relaxed)) {
+            match Session::begin(self, *digest, Some(from)).await {
+                Err(error) if exit::code(&error) == exit::REJECTED => {
+                    tracing::debug!("nothing can be mounted from {}: {error:#}", from.repository);
+                    from.refused.store(true, Ordering::Relaxed);
+                }
+                begun => return begun,
+            }
+        }
+        Session::begin(self, *digest, None).await
+    }
+
+    /// The digests of what the registry says to be attached to the image with `digest`; nothing where it has no API for
+    /// that, which registries say in many ways.
     ///
     /// # Errors
     /// When the registry does not answer.
-    pub fn referrers(&self, digest: &Digest) -> Result<Attached> {
-        match self.get(&format!("referrers/{digest}"), &format!("reading what is attached to {digest}"))? {
-            None => Ok(Attached::Tagged(self.tagged(&digest.to_string().replace(':', "-"))?)),
-            Some(bytes) => match serde_json::from_slice::<ImageIndex>(&bytes) {
-                Ok(index) => Ok(Attached::Listed(index.manifests().iter().map(|m| m.digest().to_string()).collect())),
-                Err(e) => reject!("what is attached to {digest} cannot be read: {e}"),
-            },
+    pub fn referrers(&self, digest: &Digest) -> Result<Option<Vec<String>>> {
+        let bytes = match self.get(&format!("referrers/{digest}"), &format!("reading what is attached to {digest}")) {
+            Err(error) if exit::code(&error) == exit::REJECTED => {
+                tracing::debug!("no referrers API: {error:#}");
+                return Ok(None);
+            }
+            found => found?,
+        };
+        let Some(bytes) = bytes else { return Ok(None) };
+        match serde_json::from_slice::<ImageIndex>(&bytes) {
+            Ok(index) => Ok(Some(index.manifests().iter().map(|m| m.digest().to_string()).collect())),
+            Err(e) => reject!("what is attached to {digest} cannot be read: {e}"),
         }
     }
 

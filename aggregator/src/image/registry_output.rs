@@ -6,7 +6,7 @@ use std::io;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use bytes::Bytes;
 use oci_spec::image::{Descriptor, MediaType};
 use oscontainer_artifact::digest::Digest;
@@ -17,7 +17,7 @@ use super::layer::Layer;
 use super::output::WriteBlob;
 use super::parallel::in_order;
 use super::previous::Previous;
-use super::registry::Registry;
+use super::registry::{Mount, Registry};
 use super::upload::CHUNK;
 use super::{document, input, referrers};
 
@@ -33,12 +33,13 @@ pub struct RegistryOutput {
     /// Where it goes.
     pub registry: Registry,
     waiting: Vec<(Digest, Bytes)>,
+    mount: Option<Mount>,
 }
 
 impl RegistryOutput {
     /// Begins an image in `registry`.
     pub fn new(registry: Registry) -> Self {
-        Self { registry, waiting: Vec::new() }
+        Self { registry, waiting: Vec::new(), mount: None }
     }
 
     /// Stores a blob of exactly `size` bytes.
@@ -49,7 +50,7 @@ impl RegistryOutput {
         if size > CHUNK as u64 {
             let digest = write(&mut io::sink())?;
             if !self.registry.has(&digest)? {
-                self.registry.push(&digest, size, &mut |upload| write(upload))?;
+                self.registry.push(&digest, size, None, &mut |upload| write(upload))?;
             }
             return Ok(digest);
         }
@@ -84,7 +85,7 @@ impl RegistryOutput {
             if self.registry.has(digest)? {
                 return Ok(());
             }
-            self.registry.push(digest, bytes.len() as u64, &mut |upload| {
+            self.registry.push(digest, bytes.len() as u64, None, &mut |upload| {
                 upload.send(bytes.clone())?;
                 Ok(*digest)
             })
@@ -96,16 +97,20 @@ impl RegistryOutput {
     ///
     /// # Errors
     /// When it cannot be read, or the registry does not take it.
-    pub fn keep(&self, previous: &Previous, layer: &Layer, write: WriteBlob<'_>) -> Result<()> {
-        let Self { registry, .. } = self;
+    pub fn keep(&mut self, previous: &Previous, layer: &Layer, write: WriteBlob<'_>) -> Result<()> {
+        let Self { registry, mount, .. } = self;
         let (here, from) = (registry.reference(), previous.repository());
         let same = from.filter(|from| from.registry() == here.registry());
         // Its index was just read there.
         let there = same.is_some_and(|from| from.repository() == here.repository());
-        if there || registry.has(&layer.digest)? || same.is_some_and(|from| registry.mount(from, &layer.digest)) {
+        if there || registry.has(&layer.digest)? {
             return Ok(());
         }
-        registry.push(&layer.digest, layer.size, &mut |upload| write(upload))
+        // An image has one previous one.
+        if let (Some(from), None) = (same, &mount) {
+            *mount = Some(registry.mount(from)?);
+        }
+        registry.push(&layer.digest, layer.size, mount.as_ref(), &mut |upload| write(upload))
     }
 
     /// Stores what waits and the `manifest` that `machine` describes, with the documents of `commit` where the
@@ -125,11 +130,8 @@ impl RegistryOutput {
         let Self { registry, .. } = self;
         // First, so that whoever sees the image finds them.
         let subject = document::descriptor(MediaType::ImageManifest, machine.size(), input::digest(machine)?)?;
-        match referrers::attach(&registry, &subject, documents) {
-            Err(error) if exit::code(&error) == exit::REJECTED => {
-                tracing::warn!("the registry takes no attached documents: {}", exit::chain(&error));
-            }
-            attached => attached.context("attaching the documents of the commit")?,
+        if let Err(error) = referrers::attach(&registry, &subject, documents) {
+            tracing::warn!("the registry has not taken the attached documents: {}", exit::chain(&error));
         }
         let tag = (!in_index).then(|| registry.tag());
         registry.push_manifest(manifest, &MediaType::ImageManifest, tag)?;
@@ -137,25 +139,38 @@ impl RegistryOutput {
     }
 }
 
-/// Adds `manifest` to the image index that the tag names, and looks twice whether it stays there: a registry has no
-/// locks, and what another adds at the same time may take its place.
+/// Adds `manifest` to the image index that the tag names.
 fn add_to_index(registry: &Registry, manifest: &Descriptor) -> Result<Digest> {
+    let index = change_index(registry, registry.tag(), |current| document::add_to_index(current, manifest.clone()))?;
+    Ok(Digest::of(&index))
+}
+
+/// Puts what `change` makes of the image index that `tag` names in its place, and looks twice whether it stays there: a
+/// registry has no locks, and what another puts there at the same time may take its place. Gives what is there.
+///
+/// # Errors
+/// Those of `change`; when the registry does not take it.
+pub fn change_index(
+    registry: &Registry,
+    tag: &str,
+    change: impl Fn(Option<&[u8]>) -> Result<Vec<u8>>,
+) -> Result<Vec<u8>> {
     let mut seen = 0;
     for _ in 0..INDEX_TRIES {
-        let current = registry.tagged(registry.tag())?;
-        let index = document::add_to_index(current.as_deref(), manifest.clone())?;
-        if current.as_deref() == Some(&index[..]) {
+        let current = registry.tagged(tag)?;
+        let index = change(current.as_deref())?;
+        if current.as_ref() == Some(&index) {
             seen += 1;
             if seen == 2 {
-                return Ok(Digest::of(&index));
+                return Ok(index);
             }
         } else {
             seen = 0;
-            registry.push_manifest(&index, &MediaType::ImageIndex, Some(registry.tag()))?;
+            registry.push_manifest(&index, &MediaType::ImageIndex, Some(tag))?;
         }
         let (least, more) = INDEX_PAUSE;
         let random = RandomState::new().hash_one(0);
         thread::sleep(least + Duration::from_millis(random % more));
     }
-    bail!("the image index {} changes all the time", registry.reference())
+    bail!("the image index {tag} of {} changes all the time", registry.reference())
 }

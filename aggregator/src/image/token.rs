@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use http_auth::parser::ChallengeParser;
 use oscontainer_program::reject;
 use reqwest::header::{CONTENT_TYPE, WWW_AUTHENTICATE};
-use reqwest::{Method, StatusCode, Url};
+use reqwest::{Method, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::connection::{Connection, is_less_safe};
@@ -42,20 +42,30 @@ pub async fn issuer(connection: &Connection) -> Result<Option<Issuer>> {
         let fine = asked.status().is_success();
         return if fine { Ok(None) } else { Err(answered(asked, connection).await) };
     }
-    let challenge = asked.headers().get(WWW_AUTHENTICATE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let Some((realm, service)) = bearer(challenge) else {
-        if matches!(credentials, Credentials::Identity(_)) {
-            reject!(
-                "{registry} does not say who issues tokens for it, so the identity token is of no use: {challenge:?}"
-            );
-        }
-        return Ok(None);
-    };
+    let issuer = challenge(base, &asked)?;
+    if issuer.is_none() && matches!(credentials, Credentials::Identity(_)) {
+        let said = challenges(&asked).collect::<Vec<_>>().join(", ");
+        reject!("{registry} does not say who issues tokens for it, so the identity token is of no use: {said:?}");
+    }
+    Ok(issuer)
+}
+
+/// Who issues the tokens that an `answer` of the registry at `base` wants, if it wants any; a password that it may want
+/// instead is of no matter then.
+///
+/// # Errors
+/// Rejected when it is somebody less safe.
+pub fn challenge(base: &Url, answer: &Response) -> Result<Option<Issuer>> {
+    let Some((realm, service)) = challenges(answer).find_map(bearer) else { return Ok(None) };
     let realm = base.join(&realm).with_context(|| format!("reading the realm {realm}"))?;
     if is_less_safe(base, &realm) {
-        reject!("{registry} wants its tokens to be asked for at {realm}, which is less safe");
+        reject!("{} wants its tokens to be asked for at {realm}, which is less safe", base.authority());
     }
     Ok(Some(Issuer { realm, service }))
+}
+
+fn challenges(answer: &Response) -> impl Iterator<Item = &str> {
+    answer.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok())
 }
 
 /// Gets a token for `scopes`, `repository:NAME:ACTIONS`; nothing where the registry wants none.

@@ -2,11 +2,13 @@
 //! chunks"), which goes on in the middle, or whole.
 
 use std::io::{self, ErrorKind, Write};
+use std::ops::RangeInclusive;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result, anyhow};
+use anyhow::{Context, Error, Result, bail};
 use bytes::Bytes;
 use futures_util::stream::unfold;
 use oscontainer_artifact::digest::Digest;
@@ -19,19 +21,34 @@ use tokio::time::sleep;
 
 use super::connection::{Access, is_less_safe};
 use super::refusal::answered;
-use super::registry::Registry;
+use super::registry::{Mount, Registry};
 
 /// What a blob is on its way.
 const OCTETS: &str = "application/octet-stream";
-/// Bytes of a chunk: most updates are one, which goes in two requests. Four are in memory at the most.
+/// Bytes of a chunk, if the registry wants no larger ones: most updates are one, which goes in two requests. Four are
+/// in memory at the most.
 pub const CHUNK: usize = 16 << 20;
 /// Bytes of a blob that goes whole, between two looks at whether it gets on.
 const PIECE: usize = 256 << 10;
 /// Bytes of a blob that a registry stores in a second when it is told that this was all, at the least.
 const SLOWEST_STORE: u64 = 4 << 20;
 
+/// The largest chunk that a registry may ask for (OCI-Chunk-Min-Length); who wants more gets blobs whole.
+const LARGEST_CHUNK: usize = 64 << 20;
+
 /// What says that the registry has not what we think it has of an upload.
 const LOST: [StatusCode; 3] = [StatusCode::NOT_FOUND, StatusCode::CONFLICT, StatusCode::RANGE_NOT_SATISFIABLE];
+/// What says of a first chunk that the registry takes no such chunks: it knows none (Google's), or only small ones
+/// (GitHub's answers 416 to more than 4 MiB).
+const NO_CHUNKS: [StatusCode; 7] = [
+    StatusCode::BAD_REQUEST,
+    StatusCode::NOT_FOUND,
+    StatusCode::METHOD_NOT_ALLOWED,
+    StatusCode::PAYLOAD_TOO_LARGE,
+    StatusCode::UNSUPPORTED_MEDIA_TYPE,
+    StatusCode::RANGE_NOT_SATISFIABLE,
+    StatusCode::NOT_IMPLEMENTED,
+];
 
 /// Why an upload failed.
 pub enum Failure {
@@ -52,48 +69,71 @@ pub struct Session {
     access: Arc<Access>,
     digest: Digest,
     retry: Retry,
+    /// Where the blob is once the registry has it.
+    blob: Url,
     /// Where the next request goes.
     location: Url,
     /// Bytes that the registry has.
     offset: u64,
+    /// Bytes of a chunk; the blob goes whole where there are to be none.
+    chunk: Option<usize>,
 }
 
 impl Session {
-    /// Prepares for the upload of the blob `digest` into the repository of `registry`.
-    pub fn new(registry: &Registry, digest: Digest) -> Result<Self> {
-        let location = registry.url("blobs/uploads/")?;
-        Ok(Self { access: Arc::clone(registry.access()), digest, retry: registry.patience(), location, offset: 0 })
+    /// Begins the upload of the blob `digest` into the repository of `registry`; nothing is left to upload where it
+    /// could be taken over by `mount`.
+    ///
+    /// # Errors
+    /// When the registry does not take it.
+    pub async fn begin(registry: &Registry, digest: Digest, mount: Option<&Mount>) -> Result<Option<Self>> {
+        let mut location = registry.url("blobs/uploads/")?;
+        let mut access = registry.access();
+        if let Some(from) = mount {
+            location.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", &from.repository);
+            access = &from.access;
+        }
+        let (access, blob) = (Arc::clone(access), registry.url(&format!("blobs/{digest}"))?);
+        let (retry, chunk) = (registry.patience(), None);
+        let mut session = Self { access, digest, retry, blob, location, offset: 0, chunk };
+        let answer = session.ask_for(Method::POST).await?;
+        if mount.is_some() && answer.status() == StatusCode::CREATED {
+            return Ok(None);
+        }
+        let answer = session.expect(answer, StatusCode::ACCEPTED).await?;
+        session.follow(&answer)?;
+        let least = answer.headers().get("OCI-Chunk-Min-Length").and_then(|least| least.to_str().ok()?.parse().ok());
+        let takes_chunks = !session.access.connection.no_chunks.load(Ordering::Relaxed);
+        session.chunk = Some(CHUNK.max(least.unwrap_or(0))).filter(|chunk| takes_chunks && *chunk <= LARGEST_CHUNK);
+        Ok(Some(session))
     }
 
-    /// Sends what comes in `chunks`, and ends the upload.
+    /// In how many bytes the blob is to come.
+    pub fn chunk(&self) -> usize {
+        self.chunk.unwrap_or(CHUNK)
+    }
+
+    /// Sends the `size` bytes that come in `chunks`, and ends the upload. Says too how many bytes the registry had.
     ///
     /// # Errors
     /// When all patience was in vain; when the sender says that there is an error.
-    pub async fn send(mut self, mut chunks: mpsc::Receiver<io::Result<Bytes>>) -> Result<(), Failure> {
-        self.begin().await?;
+    pub async fn send(mut self, size: u64, chunks: mpsc::Receiver<io::Result<Bytes>>) -> (u64, Result<(), Failure>) {
+        let sent = match self.chunk {
+            Some(_) => self.send_chunks(chunks).await,
+            None => self.send_whole(size, chunks).await.map_err(Failure::Other),
+        };
+        (self.offset, sent)
+    }
+
+    async fn send_chunks(&mut self, mut chunks: mpsc::Receiver<io::Result<Bytes>>) -> Result<(), Failure> {
         let mut chunk = chunks.recv().await.transpose().map_err(Error::from)?.unwrap_or_default();
         while let Some(next) = chunks.recv().await.transpose().map_err(Error::from)? {
             self.send_chunk(std::mem::replace(&mut chunk, next)).await?;
         }
-        // What has one chunk only goes with the end: one request less.
-        if self.offset > 0 {
-            self.send_chunk(std::mem::take(&mut chunk)).await?;
-        }
-        let length = chunk.len() as u64;
-        let limit = self.access.connection.limit(length) + store_time(self.offset + length);
-        let end = |request: RequestBuilder| {
-            request.header(CONTENT_LENGTH, length).header(CONTENT_TYPE, OCTETS).body(chunk.clone())
-        };
-        let answer = self.access.send(Method::PUT, &self.end()?, limit, end).await?;
-        Ok(self.expect(answer, StatusCode::CREATED).await.map(|_| ())?)
+        self.finish(chunk).await
     }
 
     /// Sends the `size` bytes that come in `pieces` in one request.
-    ///
-    /// # Errors
-    /// When the registry does not take them; when the sender says that there is an error.
-    pub async fn send_whole(mut self, size: u64, pieces: mpsc::Receiver<io::Result<Bytes>>) -> Result<(), Failure> {
-        self.begin().await?;
+    async fn send_whole(&self, size: u64, pieces: mpsc::Receiver<io::Result<Bytes>>) -> Result<()> {
         let stall = self.access.connection.stall;
         // How long the registry may take for the next step. Each change begins anew.
         let (limit, mut limits) = watch::channel(stall);
@@ -126,17 +166,12 @@ impl Session {
                 _ = limits.changed() => {}
                 () = sleep(left) => {
                     let registry = &self.access.connection.registry;
-                    return Err(anyhow!("{registry} has not got on for {} s", left.as_secs()).into());
+                    bail!("{registry} has not got on for {} s", left.as_secs());
                 }
             }
         };
         drop(limit);
-        Ok(self.expect(answer, StatusCode::CREATED).await.map(|_| ())?)
-    }
-
-    async fn begin(&mut self) -> Result<()> {
-        let begun = self.ask_for(Method::POST, StatusCode::ACCEPTED).await?;
-        self.follow(&begun)
+        self.expect_more(answer, StatusCode::CREATED).await.map(|_| ())
     }
 
     /// Where the upload ends.
@@ -151,26 +186,32 @@ impl Session {
         let start = self.offset;
         let end = start + chunk.len() as u64;
         while self.offset < end {
-            let rest = chunk.slice((self.offset - start) as usize..);
-            let Err(failure) = self.patch(rest).await else {
-                self.retry.progress();
-                continue;
-            };
-            let Failure::Other(error) = failure else { return Err(failure) };
-            self.retry.pause(&format!("uploading the blob {}", self.digest), error).await?;
-            self.offset = match self.ask().await {
-                Ok(found) if (start..=end).contains(&found) => found,
-                Ok(found) => {
-                    return Err(anyhow!("the registry has {found} bytes of an upload that is at {start}").into());
+            match self.patch(chunk.slice((self.offset - start) as usize..)).await {
+                Ok(()) => self.retry.progress(),
+                Err(Failure::Other(error)) => {
+                    self.recover(error, start..=end, false).await?;
                 }
-                // It has dropped the upload: docker-registry does, when it has more than the Location says.
-                Err(error) if exit::code(&error) == exit::REJECTED => {
-                    return Err(anyhow!("the upload has to begin anew: {error:#}").into());
-                }
-                Err(error) => return Err(error.into()),
-            };
+                Err(no_chunks) => return Err(no_chunks),
+            }
         }
         Ok(())
+    }
+
+    /// Sends the last chunk, and that it is the last, until the registry has the blob.
+    async fn finish(&mut self, chunk: Bytes) -> Result<(), Failure> {
+        let start = self.offset;
+        let end = start + chunk.len() as u64;
+        loop {
+            let mut rest = chunk.slice((self.offset - start) as usize..);
+            // What has one chunk only goes with the end: one request less.
+            if self.offset > 0 {
+                self.send_chunk(std::mem::take(&mut rest)).await?;
+            }
+            let Err(error) = self.put(rest).await else { return Ok(()) };
+            if !self.recover(error, start..=end, true).await? {
+                return Ok(());
+            }
+        }
     }
 
     /// Sends what may be a part of a chunk.
@@ -186,20 +227,58 @@ impl Session {
         let limit = self.access.connection.limit(length);
         let answer = self.access.send(Method::PATCH, &self.location, limit, complete).await?;
         let status = answer.status();
-        if status == StatusCode::METHOD_NOT_ALLOWED || status.is_success() && status != StatusCode::ACCEPTED {
+        let other = status.is_success() && status != StatusCode::ACCEPTED;
+        if start == 0 && (other || NO_CHUNKS.contains(&status)) {
             return Err(Failure::NoChunks(format!("it answered {status}")));
-        } else if LOST.contains(&status) {
-            return Err(anyhow!("{} answered {status}", self.location).into());
         }
-        let answer = self.expect(answer, StatusCode::ACCEPTED).await?;
+        let answer = self.expect_more(answer, StatusCode::ACCEPTED).await?;
         self.follow(&answer)?;
         self.offset = start + length;
         Ok(())
     }
 
-    /// How many bytes the registry has.
-    async fn ask(&mut self) -> Result<u64> {
-        let answer = self.ask_for(Method::GET, StatusCode::NO_CONTENT).await?;
+    /// Sends that with `bytes` the blob is complete.
+    async fn put(&self, bytes: Bytes) -> Result<()> {
+        let length = bytes.len() as u64;
+        let limit = self.access.connection.limit(length) + store_time(self.offset + length);
+        let complete = |request: RequestBuilder| {
+            request.header(CONTENT_LENGTH, length).header(CONTENT_TYPE, OCTETS).body(bytes.clone())
+        };
+        let answer = self.access.send(Method::PUT, &self.end()?, limit, complete).await?;
+        self.expect_more(answer, StatusCode::CREATED).await.map(|_| ())
+    }
+
+    /// After `error` finds out how much the registry has, which must be in `possible`. Gives whether the upload is to
+    /// go on: one that had `ended` may be a blob by now.
+    async fn recover(&mut self, mut error: Error, possible: RangeInclusive<u64>, ended: bool) -> Result<bool> {
+        let what = format!("uploading the blob {}", self.digest);
+        loop {
+            self.retry.pause(&what, error).await?;
+            error = match self.look(ended).await {
+                Ok(None) => return Ok(false),
+                Ok(Some(found)) if possible.contains(&found) => {
+                    self.offset = found;
+                    return Ok(true);
+                }
+                Ok(Some(found)) => {
+                    bail!("the registry has {found} bytes of an upload that is at {}", possible.start());
+                }
+                // It has dropped the upload: docker-registry does, when it has more than the Location says.
+                Err(error) if exit::code(&error) == exit::REJECTED => {
+                    bail!("the upload has to begin anew: {error:#}");
+                }
+                Err(error) => error,
+            }
+        }
+    }
+
+    /// How many bytes the registry has of the upload; nothing where it had `ended` and is a blob.
+    async fn look(&mut self, ended: bool) -> Result<Option<u64>> {
+        if ended && self.access.has(&self.blob).await? {
+            return Ok(None);
+        }
+        let answer = self.ask_for(Method::GET).await?;
+        let answer = self.expect(answer, StatusCode::NO_CONTENT).await?;
         let last =
             answer.headers().get(RANGE).and_then(|range| range.to_str().ok()?.split('-').next_back()?.parse().ok());
         let found = match last.context("the registry does not say how much it has of an upload")? {
@@ -208,26 +287,33 @@ impl Session {
             last => u64::saturating_add(last, 1),
         };
         self.follow(&answer)?;
-        Ok(found)
+        Ok(Some(found))
     }
 
-    /// Sends a request without a body and requires the `expected` status.
-    async fn ask_for(&self, method: Method, expected: StatusCode) -> Result<Response> {
+    /// Sends a request without a body.
+    async fn ask_for(&self, method: Method) -> Result<Response> {
         let limit = self.access.connection.stall;
         let posts = method == Method::POST;
         let empty = |request: RequestBuilder| if posts { request.header(CONTENT_LENGTH, 0) } else { request };
-        let answer = self.access.send(method, &self.location, limit, empty).await?;
-        self.expect(answer, expected).await
+        self.access.send(method, &self.location, limit, empty).await
     }
 
     async fn expect(&self, answer: Response, expected: StatusCode) -> Result<Response> {
         if answer.status() == expected { Ok(answer) } else { Err(answered(answer, &self.access.connection).await) }
     }
 
+    /// The same of an upload that has begun: another try may help where the registry has lost it.
+    async fn expect_more(&self, answer: Response, expected: StatusCode) -> Result<Response> {
+        if LOST.contains(&answer.status()) {
+            bail!("{} answered {}", self.location, answer.status());
+        }
+        self.expect(answer, expected).await
+    }
+
     /// Takes the place for the next request from an answer.
     fn follow(&mut self, answer: &Response) -> Result<()> {
         let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
-        let location = location.context("the registry does not say where an upload goes")?;
+        let Some(location) = location else { reject!("the registry does not say where an upload goes") };
         let location = answer.url().join(location).with_context(|| format!("reading the Location {location}"))?;
         if is_less_safe(&self.access.connection.base, &location) {
             reject!("the registry wants the blob {} at {location}, which is less safe", self.digest);
@@ -246,14 +332,16 @@ fn store_time(size: u64) -> Duration {
 pub struct Upload {
     sender: mpsc::Sender<io::Result<Bytes>>,
     chunk: Vec<u8>,
+    /// Bytes of a chunk.
+    size: usize,
     /// The upload ended early; its own error says why.
     closed: bool,
 }
 
 impl Upload {
-    /// Writes into what `sender` leads to.
-    pub fn new(sender: mpsc::Sender<io::Result<Bytes>>) -> Self {
-        Self { sender, chunk: Vec::new(), closed: false }
+    /// Writes chunks of `size` bytes into what `sender` leads to.
+    pub fn new(sender: mpsc::Sender<io::Result<Bytes>>, size: usize) -> Self {
+        Self { sender, chunk: Vec::new(), size, closed: false }
     }
 
     /// Sends a chunk that is in memory already.
@@ -281,12 +369,12 @@ impl Upload {
 
 impl Write for Upload {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let taken = bytes.len().min(CHUNK - self.chunk.len());
+        let taken = bytes.len().min(self.size - self.chunk.len());
         if self.chunk.capacity() == 0 {
-            self.chunk.reserve_exact(CHUNK);
+            self.chunk.reserve_exact(self.size);
         }
         self.chunk.extend_from_slice(&bytes[..taken]);
-        if self.chunk.len() == CHUNK {
+        if self.chunk.len() == self.size {
             self.flush()?;
         }
         Ok(taken)
