@@ -8,10 +8,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 
 /// The token of the endpoint itself, which the API server wants to see.
 const OWN_TOKEN: &str = "the-endpoints-own-token";
+
+/// A token in the form of a service account's, told from others by its `name`, that says of itself that it is for
+/// `audiences` and good until `expires`, in seconds since 1970.
+pub fn token(name: &str, audiences: &[&str], expires: u64) -> String {
+    let part = |value: Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
+    let claims = json!({"aud": audiences, "exp": expires, "iss": "https://kubernetes.default.svc"});
+    format!("{}.{}.{}", part(json!({"alg": "RS256"})), part(claims), BASE64_URL_SAFE_NO_PAD.encode(name))
+}
 
 /// The server; it runs until the test's process ends.
 #[derive(Clone)]

@@ -80,12 +80,13 @@ struct Fetch {
 pub fn main(args: FetchArgs, global: &Global) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let stop = stop_on_signals(&runtime)?;
-    let (staging, verified) = match attempt(&args, &runtime, &stop)? {
+    let retry = Retry::new(&args.client.retry);
+    let (staging, verified) = match attempt(&args, &runtime, &stop, &retry)? {
         Attempt::Verified(done) => *done,
         Attempt::BadPartial(error) => {
             // A power cut may have left anything in it.
             tracing::warn!("what an earlier run left is not to be used: {}", exit::chain(&error));
-            match attempt(&args, &runtime, &stop)? {
+            match attempt(&args, &runtime, &stop, &retry)? {
                 Attempt::Verified(done) => *done,
                 Attempt::BadPartial(error) => return Err(error),
             }
@@ -119,9 +120,9 @@ enum Attempt {
 }
 
 /// Downloads and verifies once.
-fn attempt(args: &FetchArgs, runtime: &Runtime, stop: &CancellationToken) -> Result<Attempt> {
+fn attempt(args: &FetchArgs, runtime: &Runtime, stop: &CancellationToken, retry: &Retry) -> Result<Attempt> {
     let (fetched, found) = match args.manifest_url.scheme() {
-        "http" | "https" => runtime.block_on(remote(args, stop))?,
+        "http" | "https" => runtime.block_on(remote(args, stop, retry.renewed()))?,
         "file" => (local(&args.manifest_url, &args.digest)?, 0),
         _ => return Err(Usage(format!("{}: expected an http, https or file URL", args.manifest_url)).into()),
     };
@@ -188,10 +189,9 @@ impl<R: Read> Read for Source<'_, R> {
 
 /// Downloads and checks the manifest, and begins with the tarball; also how much of
 /// it an earlier run left.
-async fn remote(args: &FetchArgs, stop: &CancellationToken) -> Result<(Fetched<Box<dyn Read>>, u64)> {
+async fn remote(args: &FetchArgs, stop: &CancellationToken, mut retry: Retry) -> Result<(Fetched<Box<dyn Read>>, u64)> {
     let url = &args.manifest_url;
     let client = args.client.client(url)?;
-    let mut retry = Retry::new(&args.client.retry);
     let (manifest, url) = tokio::select! {
         () = stop.cancelled() => bail!("stopped by a signal"),
         found = retry.run("the download", async || manifest(&client, url, &args.digest).await) => found?,

@@ -162,9 +162,10 @@ impl Client {
 /// The certificate authorities in a PEM file that `option` names.
 ///
 /// # Errors
-/// When it cannot be read or holds something else.
+/// When it cannot be read; [`Rejected`] when it holds something else, or nothing.
 pub fn authorities(option: &str, file: &Path) -> Result<Vec<Certificate>> {
     let pem = std::fs::read(file).with_context(|| format!("reading {option} {}", file.display()))?;
+    tls::roots(option, file, &pem)?;
     let certificates = Certificate::from_pem_bundle(&pem);
     Ok(certificates.map_err(|e| Rejected::new(format!("{option} {}: {e}", file.display())))?)
 }

@@ -88,13 +88,29 @@ impl ServerOptions {
     }
 }
 
-/// Serves `router` on `listen`; the address that was really bound (port 0 picks a
+/// Serves `router` on `listen` until `stop`; the address that was really bound (port 0 picks a
 /// free one) is logged as `listening on http://…` or `https://…`.
 ///
 /// # Errors
 /// When the address cannot be bound or the certificate cannot be used.
-pub async fn serve(listen: SocketAddr, router: Router, options: &ServerOptions) -> Result<()> {
-    serve_on(&[Handle::current()], listen, router, options).await
+pub async fn serve(listen: SocketAddr, router: Router, options: &ServerOptions, stop: CancellationToken) -> Result<()> {
+    serve_on(&[Handle::current()], listen, router, options, stop).await
+}
+
+/// Cancelled when SIGTERM or SIGINT comes, which from now on do not kill this process.
+///
+/// # Errors
+/// When the handlers cannot be set.
+pub fn stop_on_signals() -> Result<CancellationToken> {
+    let mut term = signal(SignalKind::terminate()).context("handling SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("handling SIGINT")?;
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+        stopping.cancel();
+    });
+    Ok(stop)
 }
 
 /// Serves as [`serve`] does, from one single-threaded runtime for each core, so that no connection's
@@ -114,7 +130,7 @@ pub fn serve_per_core(listen: SocketAddr, router: Router, options: &ServerOption
             let run = move || runtime.block_on(end.cancelled());
             thread::Builder::new().name("serve".into()).spawn_scoped(scope, run).context("starting a thread")?;
         }
-        runtime()?.block_on(serve_on(&handles, listen, router, options))
+        runtime()?.block_on(async { serve_on(&handles, listen, router, options, stop_on_signals()?).await })
     })
 }
 
@@ -124,7 +140,13 @@ fn runtime() -> Result<Runtime> {
 }
 
 /// Accepts here; each connection is served on one of `workers`.
-async fn serve_on(workers: &[Handle], listen: SocketAddr, router: Router, options: &ServerOptions) -> Result<()> {
+async fn serve_on(
+    workers: &[Handle],
+    listen: SocketAddr,
+    router: Router,
+    options: &ServerOptions,
+    stop: CancellationToken,
+) -> Result<()> {
     let tls = options.tls.watch()?;
     raise_file_limit();
     let listen = reachable(listen);
@@ -133,8 +155,6 @@ async fn serve_on(workers: &[Handle], listen: SocketAddr, router: Router, option
     tracing::info!("listening on {scheme}://{}", listener.local_addr()?);
     let router = if tls.is_some() { router.layer(from_fn(as_https)) } else { router };
     let service = TowerToHyperService::new(router);
-    let mut term = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     let connections = Arc::new(Semaphore::new(options.max_connections as usize));
     let graceful = GracefulShutdown::new();
     let socket = options.also_listen.as_deref().map(Socket::bind).transpose()?;
@@ -142,8 +162,7 @@ async fn serve_on(workers: &[Handle], listen: SocketAddr, router: Router, option
     for worker in workers.iter().cycle() {
         let (permit, stream) = tokio::select! {
             accepted = listeners.accept(&connections) => accepted?,
-            _ = term.recv() => break,
-            _ = interrupt.recv() => break,
+            () = stop.cancelled() => break,
         };
         let config = tls.as_ref().map(|current| current.borrow().clone());
         let client =

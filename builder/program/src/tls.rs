@@ -8,12 +8,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use oscontainer_artifact::Rejected;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::sync::watch;
+
+use crate::reject;
 
 /// How often the files are looked at.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -103,31 +106,45 @@ impl Files {
         let (cert_shown, key_shown) = (self.cert.display(), self.key.display());
         let chain = certificates("--tls-cert", &self.cert, &contents.cert)?;
         let key = PrivateKeyDer::from_pem_slice(&contents.key)
-            .with_context(|| format!("reading the private key in --tls-key {key_shown}"))?;
+            .map_err(|error| Rejected::new(format!("reading the private key in --tls-key {key_shown}: {error}")))?;
         let builder = match (&self.client_ca, &contents.client_ca) {
             (Some(path), Some(pem)) => ServerConfig::builder().with_client_cert_verifier(verifier(path, pem)?),
             _ => ServerConfig::builder().with_no_client_auth(),
         };
-        let mut config = builder
-            .with_single_cert(chain, key)
-            .with_context(|| format!("using --tls-cert {cert_shown} with --tls-key {key_shown}"))?;
+        let unusable = |error| Rejected::new(format!("--tls-cert {cert_shown} with --tls-key {key_shown}: {error}"));
+        let mut config = builder.with_single_cert(chain, key).map_err(unusable)?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(Arc::new(config))
     }
 }
 
+/// The certificates in `pem`, the content of the file that `option` names; there is one at least.
 fn certificates(option: &str, path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>> {
-    CertificateDer::pem_slice_iter(pem)
-        .collect::<Result<Vec<_>, _>>()
-        .with_context(|| format!("reading the certificates in {option} {}", path.display()))
+    let shown = path.display();
+    let certificates = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
+    let certificates = certificates.map_err(|error| Rejected::new(format!("{option} {shown}: {error}")))?;
+    if certificates.is_empty() {
+        reject!("{option} {shown} holds no certificate");
+    }
+    Ok(certificates)
+}
+
+/// The authorities in `pem`, the content of the file that `option` names; there is one at least.
+///
+/// # Errors
+/// [`Rejected`] when it holds something else.
+pub fn roots(option: &str, path: &Path, pem: &[u8]) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(option, path, pem)? {
+        roots.add(authority).map_err(|error| Rejected::new(format!("{option} {}: {error}", path.display())))?;
+    }
+    Ok(roots)
 }
 
 /// Lets clients in whose certificates one of the authorities in `pem` has signed.
 fn verifier(path: &Path, pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>> {
-    let using = || format!("using --tls-client-ca {}", path.display());
-    let mut roots = RootCertStore::empty();
-    for authority in certificates("--tls-client-ca", path, pem)? {
-        roots.add(authority).with_context(using)?;
-    }
-    WebPkiClientVerifier::builder(Arc::new(roots)).build().with_context(using)
+    let roots = roots("--tls-client-ca", path, pem)?;
+    WebPkiClientVerifier::builder(Arc::new(roots))
+        .build()
+        .with_context(|| format!("using --tls-client-ca {}", path.display()))
 }

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use axum::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use clap::Args;
 use oscontainer_artifact::digest::Digest;
 use oscontainer_program::reject;
 use subtle::ConstantTimeEq;
 
+use super::metrics::Writer;
 use super::reply::Refusal;
 use super::review::{Account, Reviewer};
 
@@ -101,19 +103,23 @@ impl Access {
         Ok(Self { writers, readers, reviewer })
     }
 
-    /// Lets a writer pass.
+    /// Lets a writer pass, and notes who it is.
     ///
     /// # Errors
     /// 401 without a token, 403 with a wrong one or where nobody may write, 503 when the
     /// cluster does not answer.
-    pub async fn write(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+    pub async fn write(&self, request: &Parts) -> Result<(), Refusal> {
         if self.writers.is_empty() {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
                 "this endpoint takes no writes: it was started without --token-file or --token-review-audience",
             ));
         }
-        self.pass(headers, &[&self.writers], "write").await
+        let account = self.pass(&request.headers, &[&self.writers], "write").await?;
+        if let Some(writer) = request.extensions.get::<Writer>() {
+            writer.is(account.map_or_else(|| "--token-file".to_owned(), |account| account.to_string()));
+        }
+        Ok(())
     }
 
     /// Lets a reader pass.
@@ -124,10 +130,11 @@ impl Access {
         if self.readers.is_empty() {
             return Ok(());
         }
-        self.pass(headers, &[&self.readers, &self.writers], "read").await
+        self.pass(headers, &[&self.readers, &self.writers], "read").await.map(drop)
     }
 
-    async fn pass(&self, headers: &HeaderMap, groups: &[&Group], what: &str) -> Result<(), Refusal> {
+    /// The service account that passes, or nothing for who has a token of a file.
+    async fn pass(&self, headers: &HeaderMap, groups: &[&Group], what: &str) -> Result<Option<Account>, Refusal> {
         let Some(given) = bearer(headers) else {
             let reason = format!("to {what} here needs the header Authorization: Bearer TOKEN");
             return Err(Refusal::new(StatusCode::UNAUTHORIZED, reason)
@@ -136,13 +143,15 @@ impl Access {
         let digest = Digest::of(given.as_bytes());
         for group in groups {
             if group.has_token(&digest).await? {
-                return Ok(());
+                return Ok(None);
             }
         }
         let mut reason = format!("this token may not {what} here");
         if let Some(reviewer) = &self.reviewer {
             match reviewer.review(given, digest).await? {
-                Some(account) if groups.iter().any(|group| group.accounts.contains(&account)) => return Ok(()),
+                Some(account) if groups.iter().any(|group| group.accounts.contains(&account)) => {
+                    return Ok(Some(account));
+                }
                 Some(account) => reason = format!("the service account {account} may not {what} here"),
                 None => reason += ": the cluster does not know it as a service account's, made for this audience",
             }

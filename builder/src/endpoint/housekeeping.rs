@@ -54,11 +54,13 @@ struct Reads {
     under_way: usize,
     /// When the last one ended that got something.
     last: Option<Instant>,
+    /// Whether it is being removed.
+    goes: bool,
 }
 
 impl Reads {
     fn count(&self) -> bool {
-        self.under_way > 0 || self.last.is_some_and(|last| last.elapsed() < READ_LATELY)
+        self.goes || self.under_way > 0 || self.last.is_some_and(|last| last.elapsed() < READ_LATELY)
     }
 }
 
@@ -80,16 +82,38 @@ impl Reading {
     }
 }
 
+/// A version that nobody reads until this is dropped.
+struct Going<'a> {
+    readers: &'a Readers,
+    id: &'a Id,
+}
+
+impl Drop for Going<'_> {
+    fn drop(&mut self) {
+        self.readers.versions().remove(self.id);
+    }
+}
+
 impl Readers {
-    /// A version is being read from now on.
-    pub fn begin(self: &Arc<Self>, id: Id) -> Reading {
-        self.versions().entry(id.clone()).or_default().under_way += 1;
-        Reading(Arc::new(Guard { readers: Arc::clone(self), id, sends: AtomicBool::new(false) }))
+    /// A version is being read from now on; `None` where it is just being removed.
+    pub fn begin(self: &Arc<Self>, id: Id) -> Option<Reading> {
+        let mut versions = self.versions();
+        let reads = versions.entry(id.clone()).or_default();
+        if reads.goes {
+            return None;
+        }
+        reads.under_way += 1;
+        Some(Reading(Arc::new(Guard { readers: Arc::clone(self), id, sends: AtomicBool::new(false) })))
     }
 
-    /// Whether a version is being read or was lately.
-    fn busy(&self, id: &Id) -> bool {
-        self.versions().get(id).is_some_and(Reads::count)
+    /// Keeps readers from a version, unless it is being read or was lately.
+    fn close<'a>(&'a self, id: &'a Id) -> Option<Going<'a>> {
+        let mut versions = self.versions();
+        if versions.get(id).is_some_and(Reads::count) {
+            return None;
+        }
+        versions.insert(id.clone(), Reads { goes: true, ..Reads::default() });
+        Some(Going { readers: self, id })
     }
 
     /// Forgets the versions that nobody has read lately.
@@ -159,9 +183,10 @@ async fn remove_surplus(shared: &Shared, stop: &CancellationToken) {
         };
         for (_, (version, record)) in versions.into_iter().enumerate().filter(surplus) {
             let id = Id { name: name.clone(), version };
-            if stop.is_cancelled() || shared.readers.busy(&id) {
-                continue;
+            if stop.is_cancelled() {
+                return;
             }
+            let Some(_going) = shared.readers.close(&id) else { continue };
             let surplus = id.clone();
             if let Ok(true) = blocking(shared, move |store| store.delete_this(&surplus, &record)).await {
                 tracing::info!("{} {}: removed, there are newer ones", id.name, id.version);

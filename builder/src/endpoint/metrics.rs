@@ -1,7 +1,8 @@
 //! What an operator sees: counters for Prometheus, and one line in the log for
 //! each request, when its response has been sent.
 
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -12,6 +13,7 @@ use axum::http::{HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::StreamExt;
+use oscontainer_program::server::Peer;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -21,6 +23,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use super::housekeeping::Reading;
+use super::store::Usage;
 
 /// The media type of [`Metrics::encode`] (OpenMetrics 1.0).
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -36,6 +39,10 @@ pub struct Metrics {
     sent: Counter,
     versions: Gauge,
     stored: Gauge,
+    staged: Gauge,
+    /// Each has no value where there is no such limit.
+    quota: Family<Whole, Gauge>,
+    free: Family<Whole, Gauge>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -53,6 +60,10 @@ struct OfMethod {
 struct OfKind {
     kind: &'static str,
 }
+
+/// No label: of the whole store.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Whole {}
 
 /// What kind of error an answer with this status is.
 fn kind(status: StatusCode) -> Option<&'static str> {
@@ -90,6 +101,9 @@ impl Metrics {
             sent: Counter::default(),
             versions: Gauge::default(),
             stored: Gauge::default(),
+            staged: Gauge::default(),
+            quota: Family::default(),
+            free: Family::default(),
         };
         let registry = &mut metrics.registry;
         registry.register("requests", "Requests answered", metrics.requests.clone());
@@ -101,7 +115,15 @@ impl Metrics {
         registry.register_with_unit("received", "Bytes of uploads read", bytes.clone(), metrics.received.clone());
         registry.register_with_unit("sent", "Bytes of responses' content sent", bytes.clone(), metrics.sent.clone());
         registry.register("versions", "Complete versions in the store", metrics.versions.clone());
-        registry.register_with_unit("stored", "Bytes of complete versions in the store", bytes, metrics.stored.clone());
+        let mut gauge = |name: &str, text: &str, gauge: Gauge| {
+            registry.register_with_unit(name, text, bytes.clone(), gauge);
+        };
+        gauge("stored", "Bytes of complete versions in the store", metrics.stored.clone());
+        let text = "Bytes of uploads and of tarballs that wait for their manifest, with those that were promised";
+        gauge("staged", text, metrics.staged.clone());
+        registry.register_with_unit("quota", "Bytes that may be stored", bytes.clone(), metrics.quota.clone());
+        let text = "Bytes that are free, of the disk and of the quota";
+        registry.register_with_unit("free", text, bytes, metrics.free.clone());
         metrics
     }
 
@@ -109,23 +131,44 @@ impl Metrics {
         self.errors.get_or_create(&OfKind { kind }).inc();
     }
 
-    /// The text for Prometheus; `versions` and `bytes` are what the store holds.
+    /// The text for Prometheus, with what the store holds.
     ///
     /// # Errors
     /// When the library cannot write to a string.
-    pub fn encode(&self, versions: u64, bytes: u64) -> Result<String> {
-        self.versions.set(i64::try_from(versions).unwrap_or(i64::MAX));
-        self.stored.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    pub fn encode(&self, usage: &Usage) -> Result<String> {
+        let set = |gauge: &Gauge, value: u64| gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        set(&self.versions, usage.versions);
+        set(&self.stored, usage.stored);
+        set(&self.staged, usage.staged);
+        for (gauge, value) in [(&self.quota, usage.quota), (&self.free, usage.free)] {
+            if let Some(value) = value {
+                set(&gauge.get_or_create(&Whole {}), value);
+            }
+        }
         let mut text = String::new();
         encode(&mut text, &self.registry).context("writing the metrics")?;
         Ok(text)
     }
 }
 
+/// Who makes a request that writes, as soon as that is known; an extension of the request.
+#[derive(Debug, Clone, Default)]
+pub struct Writer(Arc<OnceLock<String>>);
+
+impl Writer {
+    /// It is this service account, or what its token comes from.
+    pub fn is(&self, name: String) {
+        // Asked twice, it is the same.
+        let _ = self.0.set(name);
+    }
+}
+
 /// Counts and logs a request. Headers are never logged: one of them is the token.
-pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
+pub async fn observe(State(metrics): State<Arc<Metrics>>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let (method, uri) = (request.method().clone(), request.uri().clone());
+    let (client, writer) = (request.extensions().get().map(|Peer(client)| *client), Writer::default());
+    request.extensions_mut().insert(writer.clone());
     let response = next.run(request).await;
     let status = response.status().as_u16();
     metrics.requests.get_or_create(&Labels { method: label(&method), status }).inc();
@@ -134,8 +177,19 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
     }
     let (mut parts, body) = response.into_parts();
     let reading = parts.extensions.remove::<Reading>();
-    let mut line =
-        Line { metrics, method, uri, status, started, sent: 0, whole: false, failed: false, _reading: reading };
+    let mut line = Line {
+        metrics,
+        method,
+        uri,
+        client,
+        writer,
+        status,
+        started,
+        sent: 0,
+        whole: false,
+        failed: false,
+        _reading: reading,
+    };
     // Wrapped into a stream, the body's length is not known any more.
     if let Some(length) = body.size_hint().exact().filter(|_| !parts.headers.contains_key(CONTENT_LENGTH)) {
         parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
@@ -170,6 +224,9 @@ struct Line {
     metrics: Arc<Metrics>,
     method: Method,
     uri: Uri,
+    /// Where it came from; a socket has no address.
+    client: Option<IpAddr>,
+    writer: Writer,
     status: u16,
     started: Instant,
     sent: u64,
@@ -187,14 +244,17 @@ impl Drop for Line {
         duration.observe(self.started.elapsed().as_secs_f64());
         let milliseconds = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (method, path, status, sent) = (label(&self.method), self.uri.path(), self.status, self.sent);
-        if self.whole {
-            tracing::info!(method, path, status, sent, milliseconds, "request");
+        let client = self.client.map(tracing::field::display);
+        let writer = self.writer.0.get().map(tracing::field::display);
+        let end = if self.whole {
+            ""
         } else if self.failed {
-            tracing::info!(method, path, status, sent, milliseconds, "request: the answer broke off");
+            ": the answer broke off"
         } else {
             self.metrics.error("client-left");
-            tracing::info!(method, path, status, sent, milliseconds, "request: the client left early");
-        }
+            ": the client left early"
+        };
+        tracing::info!(method, path, status, sent, milliseconds, client, writer, "request{end}");
     }
 }
 

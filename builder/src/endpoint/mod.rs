@@ -8,6 +8,7 @@
 
 mod auth;
 mod compare;
+mod fresh;
 mod housekeeping;
 mod metrics;
 mod page;
@@ -24,7 +25,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use oscontainer_program::options::Global;
 use oscontainer_program::server::{self, ServerOptions};
@@ -62,10 +63,15 @@ pub struct EndpointArgs {
     keep: KeepOptions,
 }
 
+/// How long the store may take to end what it is at, when everything else has.
+const LEAVE: Duration = Duration::from_secs(10);
+
 /// Serves until SIGTERM or SIGINT.
 pub fn main(args: EndpointArgs, _global: &Global) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
+        // A container's first process has no other way to end.
+        let stop = server::stop_on_signals()?;
         let access = Access::new(&args.access).await?;
         let limits = Limits {
             max_size: args.max_size,
@@ -75,12 +81,17 @@ pub fn main(args: EndpointArgs, _global: &Global) -> Result<()> {
             keep: args.keep.clone(),
         };
         let opening = tokio::task::spawn_blocking(move || Store::open(&args.store, args.quota));
-        let store = Arc::new(opening.await.context("opening the store")??);
+        let store = tokio::select! {
+            opened = opening => Arc::new(opened.context("opening the store")??),
+            () = stop.cancelled() => bail!("stopped by a signal before the store was open"),
+        };
         let (router, housekeeping) = routes::router(store.clone(), access, limits);
-        server::serve(args.listen, router, &args.server).await?;
+        server::serve(args.listen, router, &args.server, stop).await?;
         housekeeping.stop().await;
         tokio::task::spawn_blocking(move || store.close()).await.context("closing the store")
-    })
+    });
+    runtime.shutdown_timeout(LEAVE);
+    served
 }
 
 /// Reads a number of bytes, or of a unit.

@@ -41,11 +41,19 @@ impl Refusal {
 /// chain goes to the log, and none of the server's paths to the client.
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        tracing::error!("{}", exit::chain(&error));
-        match failure(&error) {
+        let failure = failure(&error);
+        match failure {
+            // It is the clients' own doing.
+            Failure::Interrupted(_) => tracing::info!("{}", exit::chain(&error)),
+            _ => tracing::error!("{}", exit::chain(&error)),
+        }
+        match failure {
             Failure::Full => Self::full(),
             Failure::Passing => Self::new(StatusCode::SERVICE_UNAVAILABLE, "the store does not answer; try again")
                 .header(RETRY_AFTER, HeaderValue::from_static("5")),
+            Failure::Interrupted(reason) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, reason).header(RETRY_AFTER, HeaderValue::from_static("1"))
+            }
             Failure::Other => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "the store failed; the endpoint's log says why")
             }

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::reply::{Refusal, insert};
 use super::routes::{FileName, Shared, blocking};
-use super::store::{Appending, Found, Hashed, Id, Partial, file_name};
+use super::store::{Appending, Found, Hashed, Id, Partial, Store, file_name};
 use super::upload::{
     End, Incoming, Target, claimed, conflict, content_length, linger, refuse, reply, too_large, unprocessable,
 };
@@ -60,6 +60,19 @@ impl Turns {
             Arc::clone(&slot.hashed)
         };
         Turn { hashed: hashed.lock_owned().await, ended }
+    }
+
+    /// Ends all requests that work on uploads of a version, and waits until they have.
+    async fn take_all(&self, id: &Id) -> Vec<(Key, Turn)> {
+        let mut keys: Vec<_> = self.slots().keys().filter(|(other, _)| other == id).cloned().collect();
+        // In one order: of two who do this at the same time neither waits for the other for ever.
+        keys.sort_by_key(|(_, digest)| *digest);
+        let mut turns = Vec::new();
+        for key in keys {
+            let turn = self.take(&key).await;
+            turns.push((key, turn));
+        }
+        turns
     }
 
     /// The right to work on it if nobody does.
@@ -168,6 +181,20 @@ pub async fn cancel(shared: &Shared, key: Key) -> Result<Response, Refusal> {
     let cancelled = blocking(shared, move |store| store.cancel_upload(&id, &digest)).await;
     shared.turns.forget(&key, turn);
     if cancelled? { Ok(StatusCode::NO_CONTENT.into_response()) } else { Err(no_upload()) }
+}
+
+/// Removes a version, and ends the uploads to it; whether there was anything.
+///
+/// # Errors
+/// When the store fails.
+pub async fn delete(shared: &Shared, id: &Id) -> Result<bool, Refusal> {
+    let turns = shared.turns.take_all(id).await;
+    let deleted = id.clone();
+    let deleted = blocking(shared, move |store| store.delete(&deleted)).await;
+    for (key, turn) in turns {
+        shared.turns.forget(&key, turn);
+    }
+    deleted
 }
 
 /// What a client may know before it begins.
@@ -320,17 +347,16 @@ async fn added(shared: &Shared, key: &Key, prepared: Prepared, incoming: &mut In
 /// for too long.
 pub async fn remove_stale(shared: &Shared) {
     let expiry = shared.limits.upload_expiry;
-    let stale = blocking(shared, move |store| {
-        store.expire_staged(expiry)?;
-        store.stale_uploads(expiry)
-    });
-    for key in stale.await.unwrap_or_default() {
+    // What fails is in the log, and in the way of nothing else.
+    let _ = blocking(shared, move |store| store.expire_staged(expiry)).await;
+    for key in blocking(shared, Store::uploads).await.unwrap_or_default() {
+        // How old it is counts only as long as nobody can add to it.
         let Some(turn) = shared.turns.take_idle(&key) else { continue };
         let (id, digest) = key.clone();
-        if let Ok(true) = blocking(shared, move |store| store.cancel_upload(&id, &digest)).await {
+        if let Ok(true) = blocking(shared, move |store| store.expire_upload(&id, &digest, expiry)).await {
             tracing::info!("{} {}: removed an upload that did not go on: {}", key.0.name, key.0.version, key.1);
+            shared.turns.forget(&key, turn);
         }
-        shared.turns.forget(&key, turn);
     }
     shared.turns.tidy();
 }

@@ -1,20 +1,24 @@
 //! Asks the Kubernetes API whose a token is (TokenReview, authentication.k8s.io/v1).
-//! Answers are kept for a short while; what is kept is named by the token's digest.
+//! Answers are kept for a short while; what is kept is named by the token's digest. What the token says of
+//! itself is enough to refuse it, so that garbage costs no question, and never enough to take it.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderValue, StatusCode};
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use kube::api::PostParams;
 use kube::{Api, Client, Config};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_program::{exit, tls};
+use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::reply::Refusal;
@@ -24,8 +28,10 @@ const KEEP: Duration = Duration::from_secs(60);
 /// How long a refused token is refused without asking again: its account may just
 /// have been made.
 const KEEP_REFUSED: Duration = Duration::from_secs(10);
-/// How many answers are kept.
+/// How many acceptances are kept, and how many refusals: these cannot displace those.
 const KEPT: usize = 4096;
+/// How far clocks may be apart.
+const SKEW: Duration = Duration::from_secs(60);
 /// How many questions are asked at a time: anybody can send a new token.
 const ASKED: usize = 8;
 /// How long the cluster may take, with the wait for one's turn.
@@ -67,14 +73,73 @@ pub struct Reviewer {
     api: Api<TokenReview>,
     audience: String,
     asking: Semaphore,
-    kept: Mutex<HashMap<Digest, Kept>>,
+    accepted: Kept<Account>,
+    refused: Kept<()>,
 }
 
-/// An answer.
-#[derive(Clone)]
-struct Kept {
-    account: Option<Account>,
-    until: Instant,
+/// Answers by the token's digest, each until some time.
+struct Kept<T>(Mutex<HashMap<Digest, (T, Instant)>>);
+
+impl<T: Clone> Kept<T> {
+    fn new() -> Self {
+        Self(Mutex::default())
+    }
+
+    fn get(&self, digest: &Digest) -> Option<T> {
+        self.answers().get(digest).filter(|(_, until)| *until > Instant::now()).map(|(answer, _)| answer.clone())
+    }
+
+    fn keep(&self, digest: Digest, answer: T, lifetime: Duration) {
+        let (mut answers, now) = (self.answers(), Instant::now());
+        if answers.len() >= KEPT {
+            answers.retain(|_, (_, until)| *until > now);
+            if answers.len() >= KEPT {
+                answers.clear();
+            }
+        }
+        answers.insert(digest, (answer, now + lifetime));
+    }
+
+    fn answers(&self) -> MutexGuard<'_, HashMap<Digest, (T, Instant)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a token says of itself (RFC 7519, 4.1), which anybody can write.
+#[derive(Deserialize)]
+struct Claims {
+    aud: Option<Audiences>,
+    /// Seconds since 1970, maybe with a fraction.
+    exp: Option<f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Audiences {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl Claims {
+    /// What a JSON Web Token in its compact form says (RFC 7515, 7.1).
+    fn of(token: &str) -> Option<Self> {
+        let mut parts = token.split('.');
+        let (Some(_), Some(claims), Some(_), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+            return None;
+        };
+        serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(claims).ok()?).ok()
+    }
+
+    /// Whether the cluster may take it for this audience.
+    fn may_pass(&self, audience: &str) -> bool {
+        let ours = match &self.aud {
+            Some(Audiences::One(one)) => one == audience,
+            Some(Audiences::Many(many)) => many.iter().any(|one| one == audience),
+            None => false,
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        ours && self.exp.is_none_or(|exp| exp + SKEW.as_secs_f64() > now.as_secs_f64())
+    }
 }
 
 impl Reviewer {
@@ -89,7 +154,7 @@ impl Reviewer {
         )?;
         let client = Client::try_from(config).context("setting up the client of the Kubernetes API")?;
         let asking = Semaphore::new(ASKED);
-        Ok(Self { api: Api::all(client), audience, asking, kept: Mutex::default() })
+        Ok(Self { api: Api::all(client), audience, asking, accepted: Kept::new(), refused: Kept::new() })
     }
 
     /// The service account whose token this is; `None` where the cluster does not
@@ -100,6 +165,9 @@ impl Reviewer {
     pub async fn review(&self, token: &str, digest: Digest) -> Result<Option<Account>, Refusal> {
         if let Some(account) = self.lookup(&digest) {
             return Ok(account);
+        }
+        if !Claims::of(token).is_some_and(|claims| claims.may_pass(&self.audience)) {
+            return Ok(None);
         }
         let asked = tokio::time::timeout(TIMEOUT, async {
             let _turn = self.asking.acquire().await.context("waiting for a turn")?;
@@ -127,26 +195,18 @@ impl Reviewer {
         // then status.audiences does not name ours.
         let ours = status.audiences.is_some_and(|audiences| audiences.contains(&self.audience));
         let user = status.user.and_then(|user| user.username).unwrap_or_default();
-        let account = user.strip_prefix(USER_PREFIX).and_then(|rest| rest.replacen(':', "/", 1).parse().ok());
+        let account: Option<Account> =
+            user.strip_prefix(USER_PREFIX).and_then(|rest| rest.replacen(':', "/", 1).parse().ok());
         let account = account.filter(|_| ours && status.authenticated == Some(true));
-        let lifetime = if account.is_some() { KEEP } else { KEEP_REFUSED };
-        let mut kept = self.kept();
-        if kept.len() >= KEPT {
-            let now = Instant::now();
-            kept.retain(|_, kept| kept.until > now);
-            if kept.len() >= KEPT {
-                kept.clear();
-            }
+        match &account {
+            Some(account) => self.accepted.keep(digest, account.clone(), KEEP),
+            None => self.refused.keep(digest, (), KEEP_REFUSED),
         }
-        kept.insert(digest, Kept { account: account.clone(), until: Instant::now() + lifetime });
         Ok(account)
     }
 
+    /// What the cluster said of this token lately.
     fn lookup(&self, digest: &Digest) -> Option<Option<Account>> {
-        self.kept().get(digest).filter(|kept| kept.until > Instant::now()).map(|kept| kept.account.clone())
-    }
-
-    fn kept(&self) -> MutexGuard<'_, HashMap<Digest, Kept>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.accepted.get(digest).map(Some).or_else(|| self.refused.get(digest).map(|()| None))
     }
 }

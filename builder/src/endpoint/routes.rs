@@ -11,6 +11,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::header::{CONTENT_SECURITY_POLICY, LOCATION};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -28,14 +29,20 @@ use tokio::sync::Notify;
 
 use super::auth::Access;
 use super::compare;
+use super::fresh::Fresh;
 use super::housekeeping::{Housekeeping, KeepOptions, Readers};
 use super::metrics::{self, Metrics};
 use super::page;
 use super::rate::Rates;
 use super::reply::{Refusal, insert, json, text, typed};
 use super::resume::{self, Key, Turns};
-use super::store::{Id, Record, Store, digest_of};
+use super::store::{Id, Record, Store, Usage, digest_of};
 use super::upload::{self, Target};
+
+/// How long the store may take to answer a probe, and how long its answer holds.
+const PROBE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
+/// How long the gauges hold: each costs a listing of the whole store.
+const GAUGES: Duration = Duration::from_secs(10);
 
 /// What all requests share.
 #[derive(Clone)]
@@ -56,6 +63,10 @@ pub struct Inner {
     pub changed: Notify,
     /// The counters.
     pub metrics: Arc<Metrics>,
+    /// Whether the store answers.
+    answers: Fresh<bool>,
+    /// How much it has; `None` where it did not say.
+    usage: Fresh<Option<Usage>>,
 }
 
 /// What uploads may take.
@@ -152,6 +163,8 @@ pub fn router(store: Arc<Store>, access: Access, limits: Limits) -> (Router, Hou
         readers: Arc::default(),
         changed: Notify::new(),
         metrics: metrics.clone(),
+        answers: Fresh::new(PROBE.1),
+        usage: Fresh::new(GAUGES),
     }));
     let housekeeping = Housekeeping::start(shared.clone());
     let guarded = Router::new()
@@ -266,17 +279,18 @@ async fn choose(State(shared): State<Shared>, Path(name): Path<String>, uri: Uri
 }
 
 async fn ready(State(shared): State<Shared>) -> Response {
-    match blocking(&shared, Store::check).await {
-        Ok(()) => text(StatusCode::OK, "ready"),
-        Err(_) => text(StatusCode::SERVICE_UNAVAILABLE, "the store does not answer; the endpoint's log says why"),
+    let asking = shared.clone();
+    let answers = shared.answers.get(async move { blocking(&asking, Store::check).await.is_ok() });
+    match tokio::time::timeout(PROBE.0, answers).await {
+        Ok(Some(true)) => text(StatusCode::OK, "ready"),
+        _ => text(StatusCode::SERVICE_UNAVAILABLE, "the store does not answer; the endpoint's log says why"),
     }
 }
 
 async fn counters(State(shared): State<Shared>) -> Result<Response, Refusal> {
-    let artifacts = blocking(&shared, Store::all).await?;
-    let records = || artifacts.iter().flat_map(|(_, versions)| versions);
-    let bytes = records().map(|(_, record)| record.size + record.manifest_size).sum();
-    let text = shared.metrics.encode(records().count() as u64, bytes)?;
+    let asking = shared.clone();
+    let usage = shared.usage.get(async move { blocking(&asking, Store::usage).await.ok() }).await.flatten();
+    let text = shared.metrics.encode(&usage.context("asking the store how much it has")?)?;
     Ok(typed(StatusCode::OK, metrics::CONTENT_TYPE, text))
 }
 
@@ -341,7 +355,7 @@ async fn download(
     let missing = format!("{name} has no complete version {version:?}");
     let Ok(version) = version.parse() else { return Err(Refusal::not_found(missing)) };
     let id = Id { name, version };
-    let reading = shared.readers.begin(id.clone());
+    let Some(reading) = shared.readers.begin(id.clone()) else { return Err(Refusal::not_found(missing)) };
     let opened = blocking(&shared, move |store| {
         let Some(record) = store.record(&id)? else { return Ok(None) };
         let opened = match file {
@@ -388,7 +402,7 @@ async fn put(
     request: Request,
 ) -> Response {
     let (parts, body): (_, Body) = request.into_parts();
-    let target = shared.access.write(&parts.headers).await.and_then(|()| {
+    let target = shared.access.write(&parts).await.and_then(|()| {
         let file = file.parse()?;
         Ok(Target { id: id(&name, &version)?, file })
     });
@@ -406,9 +420,9 @@ async fn upload_options(State(shared): State<Shared>) -> Response {
 async fn upload_state(
     State(shared): State<Shared>,
     Path(path): Path<(String, String, String)>,
-    headers: HeaderMap,
+    request: Parts,
 ) -> Result<Response, Refusal> {
-    shared.access.write(&headers).await?;
+    shared.access.write(&request).await?;
     resume::offset(&shared, key(path)?).await
 }
 
@@ -418,7 +432,7 @@ async fn upload_append(
     request: Request,
 ) -> Response {
     let (parts, body) = request.into_parts();
-    match shared.access.write(&parts.headers).await.and_then(|()| key(path)) {
+    match shared.access.write(&parts).await.and_then(|()| key(path)) {
         Ok(key) => resume::append(shared, key, parts.headers, body).await,
         Err(refusal) => upload::refuse(refusal, body, &parts.headers),
     }
@@ -427,9 +441,9 @@ async fn upload_append(
 async fn upload_cancel(
     State(shared): State<Shared>,
     Path(path): Path<(String, String, String)>,
-    headers: HeaderMap,
+    request: Parts,
 ) -> Result<Response, Refusal> {
-    shared.access.write(&headers).await?;
+    shared.access.write(&request).await?;
     resume::cancel(&shared, key(path)?).await
 }
 
@@ -443,12 +457,11 @@ fn key((name, version, upload): (String, String, String)) -> Result<Key, Refusal
 async fn remove(
     State(shared): State<Shared>,
     Path((name, version)): Path<(String, String)>,
-    headers: HeaderMap,
+    request: Parts,
 ) -> Result<Response, Refusal> {
-    shared.access.write(&headers).await?;
+    shared.access.write(&request).await?;
     let id = id(&name, &version)?;
-    let deleted = id.clone();
-    if !blocking(&shared, move |store| store.delete(&deleted)).await? {
+    if !resume::delete(&shared, &id).await? {
         return Err(Refusal::not_found(format!("{} has no version {}", id.name, id.version)));
     }
     tracing::info!("{} {}: deleted", id.name, id.version);

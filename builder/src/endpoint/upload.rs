@@ -19,7 +19,7 @@ use oscontainer_artifact::protocol::{CONTENT_DIGEST, REPR_DIGEST, digest_header,
 
 use super::reply::{Refusal, insert, text};
 use super::routes::{FileName, Shared, blocking};
-use super::store::{Id, Outcome, Received, Record, Upload};
+use super::store::{Found, Id, Outcome, Received, Upload};
 
 /// How much is hashed, and how much is written at a time, in bytes; as much again comes in meanwhile.
 const BATCH: usize = 256 << 10;
@@ -41,10 +41,12 @@ pub struct Target {
 pub async fn put(shared: Shared, target: Target, headers: HeaderMap, body: Body) -> Response {
     match admit(&shared, &target, &headers).await {
         Ok(admitted) => {
+            let scarce = admitted.limit < admitted.largest;
             let mut incoming = Incoming::new(body.into_data_stream(), admitted.limit, shared.clone());
             match store(&shared, target, admitted, &mut incoming).await {
                 Ok(response) => response,
                 Err(refusal) => {
+                    let refusal = if incoming.exceeded && scarce { Refusal::full() } else { refusal };
                     linger(incoming.stream);
                     refusal.into_response()
                 }
@@ -65,10 +67,16 @@ pub fn refuse(refusal: Refusal, body: Body, headers: &HeaderMap) -> Response {
 
 /// What the headers and the store say before the body is read.
 struct Admitted {
+    /// The largest file that may be sent, in bytes.
+    largest: u64,
+    /// The same with regard to the room that there is.
     limit: u64,
     length: Option<u64>,
     claimed: Option<Digest>,
-    complete: Option<Record>,
+    /// What the version has under this name, if it is complete.
+    stored: Option<Digest>,
+    /// Where a tarball goes.
+    upload: Upload,
 }
 
 async fn admit(shared: &Shared, target: &Target, headers: &HeaderMap) -> Result<Admitted, Refusal> {
@@ -82,29 +90,48 @@ async fn admit(shared: &Shared, target: &Target, headers: &HeaderMap) -> Result<
         ));
     }
     let claimed = claimed(headers)?;
-    let limit = match target.file {
+    let largest = match target.file {
         FileName::Manifest => MAX_SIZE,
         FileName::Tarball => shared.limits.max_size,
     };
     let length = content_length(headers);
-    if length.is_some_and(|length| length > limit) {
-        return Err(too_large(limit));
+    if length.is_some_and(|length| length > largest) {
+        return Err(too_large(largest));
     }
     let id = target.id.clone();
-    let (complete, free) = blocking(shared, move |store| Ok((store.record(&id)?, store.free()?))).await?;
-    let admitted = Admitted { limit, length, claimed, complete };
-    match &admitted.complete {
-        Some(record) => {
-            let (digest, size) = target.file.of(record);
-            if admitted.claimed.is_some_and(|claimed| claimed != digest) || length.is_some_and(|length| length != size)
-            {
-                return Err(conflict(target, digest));
-            }
-        }
-        None if length.is_some_and(|length| length > free) => return Err(Refusal::full()),
-        None => {}
+    let complete = blocking(shared, move |store| store.record(&id)).await?;
+    let stored = complete.as_ref().map(|record| target.file.of(record));
+    if let Some((digest, size)) = stored
+        && (claimed.is_some_and(|claimed| claimed != digest) || length.is_some_and(|length| length != size))
+    {
+        return Err(conflict(target, digest));
     }
-    Ok(admitted)
+    let (upload, limit) = match (target.file, stored) {
+        (FileName::Tarball, None) => room(shared, &target.id, claimed, length).await?.ok_or_else(Refusal::full)?,
+        // A manifest is small, and what makes a version complete must not want for room.
+        (FileName::Manifest, _) | (_, Some(_)) => (Upload::discard(), largest),
+    };
+    let (limit, stored) = (limit.min(largest), stored.map(|(digest, _)| digest));
+    Ok(Admitted { largest, limit, length, claimed, stored, upload })
+}
+
+/// Where a tarball goes, and how much of it; what is here already needs no room. `None` where there is none.
+async fn room(
+    shared: &Shared,
+    id: &Id,
+    claimed: Option<Digest>,
+    length: Option<u64>,
+) -> Result<Option<(Upload, u64)>, Refusal> {
+    let id = id.clone();
+    blocking(shared, move |store| {
+        if let Some(claimed) = claimed
+            && let Found::Whole(_) = store.find_upload(&id, &claimed)?
+        {
+            return Ok(Some((Upload::discard(), u64::MAX)));
+        }
+        store.receive(&id, length)
+    })
+    .await
 }
 
 async fn store(
@@ -116,20 +143,15 @@ async fn store(
     let Target { id, file } = &target;
     let (outcome, digest) = match file {
         FileName::Tarball => {
-            let received = receive(shared, id, &admitted, incoming).await?;
+            let received = receive(shared, admitted, incoming).await?;
             let (digest, id) = (received.digest, id.clone());
-            let complete = admitted.complete.as_ref().map(|record| record.digest);
-            match complete {
-                Some(stored) if stored != digest => (Outcome::Conflict(stored), digest),
-                Some(_) => (Outcome::Same, digest),
-                None => (blocking(shared, move |store| store.stage(&id, received)).await?, digest),
-            }
+            (blocking(shared, move |store| store.stage(&id, received)).await?, digest)
         }
         FileName::Manifest => {
             let bytes = collect(incoming).await?;
             let digest = Digest::of(&bytes);
             matches_claim(admitted.claimed, digest)?;
-            if let Some(stored) = admitted.complete.as_ref().map(|record| record.manifest_digest) {
+            if let Some(stored) = admitted.stored {
                 let outcome = if stored == digest { Outcome::Same } else { Outcome::Conflict(stored) };
                 return reply(&target, outcome, digest);
             }
@@ -186,15 +208,8 @@ pub fn reply(target: &Target, outcome: Outcome, digest: Digest) -> Result<Respon
 }
 
 /// Takes a tarball in.
-async fn receive(shared: &Shared, id: &Id, admitted: &Admitted, incoming: &mut Incoming) -> Result<Received, Refusal> {
-    let upload = match admitted.complete {
-        Some(_) => Upload::discard(),
-        None => {
-            let id = id.clone();
-            blocking(shared, move |store| store.receive(&id)).await?
-        }
-    };
-    let (upload, end) = incoming.write_to(upload, |upload, batch| upload.write(batch), pending()).await?;
+async fn receive(shared: &Shared, admitted: Admitted, incoming: &mut Incoming) -> Result<Received, Refusal> {
+    let (upload, end) = incoming.write_to(admitted.upload, |upload, batch| upload.write(batch), pending()).await?;
     if let End::Broke(refusal) = end {
         // That waits for the disk too.
         blocking(shared, move |_| {

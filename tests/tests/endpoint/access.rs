@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use e2e::authority::Authority;
-use e2e::cluster::Cluster;
+use e2e::cluster::{self, Cluster};
 use e2e::endpoint::{Endpoint, Reply, TOKEN, bearer, curl, file, noise, packed};
 use e2e::{builder, fails, ok, run, wait_for};
 
@@ -97,14 +97,16 @@ fn reading_may_need_a_token_too() {
 #[test]
 fn a_cluster_reviews_the_tokens_of_service_accounts() {
     let cluster = Cluster::start();
-    for (token, user, audiences) in [
+    const NEVER: u64 = 1 << 40;
+    let token = |name: &str| cluster::token(name, &["oscontainer", "other"], NEVER);
+    for (name, user, audiences) in [
         ("writers-token", "system:serviceaccount:oscontainer-compose:compose", &["oscontainer"][..]),
         ("readers-token", "system:serviceaccount:oscontainer:aggregate", &["oscontainer", "other"]),
         ("neighbours-token", "system:serviceaccount:default:compose", &["oscontainer"]),
         ("api-token", "system:serviceaccount:oscontainer-compose:compose", &["https://kubernetes.default.svc"]),
         ("humans-token", "oscontainer-compose:compose", &["oscontainer"]),
     ] {
-        cluster.know(token, user, audiences);
+        cluster.know(&token(name), user, audiences);
     }
     let mut endpoint = Endpoint::start();
     let config = endpoint.path("kubeconfig");
@@ -119,12 +121,13 @@ fn a_cluster_reviews_the_tokens_of_service_accounts() {
     start(&mut endpoint);
     let path = file("demo", "1", "repo.tar");
     let upload = endpoint.file("upload", b"x");
-    let write = |endpoint: &Endpoint, token: &str| {
+    let write_with = |endpoint: &Endpoint, token: &str| {
         let header = format!("Authorization: Bearer {token}");
         endpoint.curl(&path, &["-H", &header, "-T", upload.to_str().unwrap()]).status
     };
-    let read = |endpoint: &Endpoint, token: &str| {
-        endpoint.curl("/v1/artifacts/", &["-H", &format!("Authorization: Bearer {token}")]).status
+    let write = |endpoint: &Endpoint, name: &str| write_with(endpoint, &token(name));
+    let read = |endpoint: &Endpoint, name: &str| {
+        endpoint.curl("/v1/artifacts/", &["-H", &format!("Authorization: Bearer {}", token(name))]).status
     };
     assert_eq!([201, 200, 200], [(); 3].map(|()| write(&endpoint, "writers-token")));
     assert_eq!(cluster.reviews(), 1, "an answer is kept");
@@ -138,6 +141,17 @@ fn a_cluster_reviews_the_tokens_of_service_accounts() {
     assert_eq!(endpoint.curl(&path, &["-T", upload.to_str().unwrap()]).status, 401);
     assert_eq!(endpoint.curl("/v1/artifacts/", &[]).status, 401);
 
+    let log = endpoint.log();
+    assert!(log.contains("client=127.0.0.1 writer=oscontainer-compose/compose"), "{log}");
+
+    // What cannot be one of ours costs no question.
+    let before = cluster.reviews();
+    let (late, other) = (cluster::token("late", &["oscontainer"], 1_000_000_000), cluster::token("x", &["y"], NEVER));
+    for token in ["garbage", "a.b.c", "e30.e30.e30", &late, &other] {
+        assert_eq!(write_with(&endpoint, token), 403, "{token}");
+    }
+    assert_eq!(cluster.reviews(), before);
+
     // What the cluster cannot say now is no answer, neither yes nor no.
     cluster.set_down(true);
     assert_eq!(write(&endpoint, "new-token"), 503);
@@ -150,7 +164,7 @@ fn a_cluster_reviews_the_tokens_of_service_accounts() {
     start(&mut endpoint);
     assert_eq!(write(&endpoint, "writers-token"), 403);
     assert_eq!(cluster.wrong(), [""; 0]);
-    for secret in ["-token\"", "writers-token", "unknown-token", "the-endpoints-own-token"] {
+    for secret in [&token("writers-token"), &token("unknown-token"), "the-endpoints-own-token"] {
         assert!(!endpoint.log().contains(secret), "{secret}: {}", endpoint.log());
     }
 }
@@ -196,14 +210,14 @@ fn tls_takes_new_certificates_while_it_runs() {
     let tarball = noise(20_000_000, 19);
     let dir = endpoint.path("packed");
     packed(&dir, "1", &tarball);
-    let publish = |ca: &Authority| {
+    let publish = |ca: &std::path::Path| {
         let mut command = builder();
         command.args(["publish", "--endpoint", &url, "--token-file"]).arg(endpoint.path("token")).arg(&dir);
-        command.arg("--ca-file").arg(ca.ca()).env("OSCONTAINER_RETRIES", "0");
+        command.arg("--ca-file").arg(ca).env("OSCONTAINER_RETRIES", "0");
         command
     };
-    fails(&mut publish(&second), 1, "certificate");
-    ok(&mut publish(&first));
+    fails(&mut publish(&second.ca()), 1, "certificate");
+    ok(&mut publish(&first.ca()));
     let mut command = curl();
     command.arg("--cacert").arg(first.ca()).arg(format!("{url}{}", file("demo", "1", "repo.tar")));
     let reply = Reply::of(&mut command);
@@ -231,6 +245,19 @@ fn tls_takes_new_certificates_while_it_runs() {
     let mut command = endpoint.command();
     command.args(["--listen", &e2e::free_address()]).arg("--tls-cert").arg(&cert);
     assert_eq!(run(&mut command).code, 2, "a certificate without its key");
+
+    // What is no certificate will be none the next time either.
+    let empty = endpoint.file("empty.pem", b"nothing\n");
+    let garbage = endpoint.file("garbage.pem", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n");
+    for file in [&empty, &garbage] {
+        fails(&mut publish(file), 3, file.to_str().unwrap());
+        let store = endpoint.path("other");
+        for (cert, key) in [(file, &key), (&cert, file)] {
+            let mut command = builder();
+            command.args(["endpoint", "--listen", &e2e::free_address(), "--store"]).arg(&store);
+            fails(command.arg("--tls-cert").arg(cert).arg("--tls-key").arg(key), 3, file.to_str().unwrap());
+        }
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use e2e::endpoint::{Endpoint, bearer, file, manifest, noise};
 use e2e::store::Kind;
-use e2e::{fails, on_each_object_store, on_each_store, peak_memory};
+use e2e::{fails, on_each_object_store, on_each_store, peak_memory, wait_for};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::protocol::digest_header;
 
@@ -77,7 +77,35 @@ fn surplus_versions_go_but_not_the_newest_nor_one_that_is_read() {
     assert_eq!(endpoint.curl(&file("demo", "8", "repo.tar"), &[]).body, b"8");
 }
 
-on_each_store!(a_quota_holds_also_for_what_is_promised);
+on_each_store!(a_quota_holds_also_for_what_is_promised, a_full_quota_is_in_the_way_of_no_manifest);
+
+fn a_full_quota_is_in_the_way_of_no_manifest(kind: Kind) {
+    let endpoint = Endpoint::on(kind, &["--quota", "1MiB"]);
+    let tar = file("demo", "1", "repo.tar");
+    let put = |head: &str, bytes: &[u8]| {
+        let mut stream = TcpStream::connect(&endpoint.server().address).unwrap();
+        let head = format!("PUT {tar} HTTP/1.1\r\nHost: x\r\n{}\r\n{head}\r\n\r\n", bearer());
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(bytes).unwrap();
+        stream
+    };
+    // What says its length has its room as long as it is under way.
+    let promised = put("Content-Length: 600000", &[0; 1000]);
+    endpoint.received(1000);
+    let tarball = noise(if kind == Kind::Directory { 1 << 20 } else { 1_000_000 }, 80);
+    assert_eq!(endpoint.put(&tar, &tarball).status, 507);
+    drop(promised);
+    wait_for(|| endpoint.put(&tar, &tarball).status == 201, "the room to be free again");
+    // The same is here already; one without a length finds no room, and takes none.
+    let digest = format!("Repr-Digest: {}", digest_header(&Digest::of(&tarball)));
+    assert_eq!(endpoint.put_with(&tar, &tarball, &["-H", &digest]).status, 200);
+    assert_eq!(endpoint.put_with(&tar, &tarball, &["-H", &digest, "-H", "Transfer-Encoding: chunked"]).status, 200);
+    let _endless = put("Transfer-Encoding: chunked", b"400\r\n");
+    assert_eq!(endpoint.put(&file("demo", "1", "manifest.json"), &manifest("demo", "1", &tarball)).status, 201);
+    let metrics = endpoint.curl("/metrics", &[]).text();
+    assert!(metrics.contains("oscontainer_endpoint_quota_bytes{} 1048576\n"), "{metrics}");
+    assert!(metrics.contains("oscontainer_endpoint_free_bytes{} ") && metrics.contains("_staged_bytes "), "{metrics}");
+}
 
 fn a_quota_holds_also_for_what_is_promised(kind: Kind) {
     let endpoint = Endpoint::on(kind, &["--quota", "1MiB"]);
@@ -259,7 +287,26 @@ fn a_large_store_is_ready_soon() {
     assert!(!endpoint.log().contains("damaged"), "{}", endpoint.log());
 }
 
-on_each_object_store!(a_version_whose_objects_are_gone_is_taken_out);
+on_each_object_store!(a_version_whose_objects_are_gone_is_taken_out, a_tarball_whose_objects_are_gone_is_not_here);
+
+fn a_tarball_whose_objects_are_gone_is_not_here(kind: Kind) {
+    let endpoint = Endpoint::on(kind, &[]);
+    let tarball = noise(50_000, 81);
+    let (tar, json) = (file("demo", "1", "repo.tar"), file("demo", "1", "manifest.json"));
+    let bytes = manifest("demo", "1", &tarball);
+    for (beginning, end, damage) in [("segments/", "", &b"short"[..]), ("artifacts/", ".index", b"{")] {
+        assert_eq!(endpoint.put(&tar, &tarball).status, 201);
+        let files = endpoint.stored();
+        let spoilt = files.iter().find(|path| path.starts_with(beginning) && path.ends_with(end)).unwrap();
+        endpoint.place.overwrite(spoilt, damage);
+        assert_eq!(endpoint.put(&json, &bytes).status, 422);
+        assert_eq!(endpoint.put(&tar, &tarball).status, 201, "it is not taken for the same");
+        assert_eq!(endpoint.put(&json, &bytes).status, 201);
+        assert!(endpoint.curl(&tar, &[]).body == tarball);
+        assert_eq!(endpoint.curl("/v1/artifacts/demo/1", &["-X", "DELETE", "-H", &bearer()]).status, 204);
+        assert_eq!(endpoint.stored(), [""; 0]);
+    }
+}
 
 fn a_version_whose_objects_are_gone_is_taken_out(kind: Kind) {
     let mut endpoint = Endpoint::on(kind, &[]);

@@ -7,7 +7,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use e2e::endpoint::{Endpoint, bearer, file, noise};
-use e2e::{Server, builder, fails, ok, tool};
+use e2e::{Server, builder, fails, ok, tool, wait_for};
 use oscontainer_artifact::digest::Digest;
 
 #[test]
@@ -65,8 +65,10 @@ fn an_operator_sees_health_metrics_and_a_page() {
     assert!(done.stdout.contains("repo.tar: OK") && done.stdout.contains("manifest.json: OK"), "{done:?}");
 
     fs::rename(endpoint.path("store/artifacts"), endpoint.path("gone")).unwrap();
-    assert_eq!(endpoint.curl("/readyz", &[]).status, 503);
+    wait_for(|| endpoint.curl("/readyz", &[]).status == 503, "the store to be missed");
     assert_eq!(endpoint.curl("/healthz", &[]).status, 200);
+    let log = endpoint.log();
+    assert!(log.contains("client=127.0.0.1 writer=--token-file"), "{log}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Uploads that are resumed: the protocol by hand, and `publish` through breaks and kills.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use e2e::endpoint::{Endpoint, Reply, TOKEN, bearer, curl, file, manifest, noise, packed};
 use e2e::proxy::Proxy;
 use e2e::store::Kind;
-use e2e::{builder, fails, ok, on_each_store, run, tool};
+use e2e::{builder, fails, ok, on_each_store, run, tool, wait_for};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::protocol::digest_header;
 
@@ -70,6 +70,8 @@ on_each_store!(
     publish_goes_on_after_every_cut,
     a_tarball_that_was_damaged_on_the_way_is_sent_again,
     two_uploads_of_the_same_are_both_right_and_of_two_the_first_wins,
+    a_deletion_ends_uploads_and_loses_nothing_that_was_stored,
+    what_somebody_asks_for_stays,
 );
 // Google's emulator takes one request at a time, in Python: too slow for so many starts.
 e2e::on_stores!(kills_at_random_moments_lose_nothing: directory Directory, s3 S3, swift Swift, azure Azure);
@@ -240,6 +242,91 @@ fn what_is_left_unfinished_goes_after_a_while(kind: Kind) {
     assert_eq!(upload.offset(), Err(404));
 }
 
+fn what_somebody_asks_for_stays(kind: Kind) {
+    let endpoint = Endpoint::on(kind, &["--upload-expiry", "4s"]);
+    let tarball = noise(1000, 43);
+    assert_eq!(endpoint.put(&file("demo", "1", "repo.tar"), &tarball).status, 201);
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(10) {
+        let reply = begin(&endpoint, "1", tarball.len(), &Digest::of(&tarball));
+        assert_eq!((reply.status, reply.header("upload-complete")), (200, Some("?1")), "{reply:?}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert_eq!(endpoint.put(&file("demo", "1", "manifest.json"), &manifest("demo", "1", &tarball)).status, 201);
+}
+
+/// Segments of plain uploads that take longer than what is unfinished is kept.
+#[test]
+fn an_upload_under_way_is_not_left_unfinished() {
+    let endpoint = Endpoint::on(Kind::S3, &["--upload-expiry", "2s"]);
+    let tarball = noise(40_000_000, 44);
+    let path = file("demo", "1", "repo.tar");
+    let mut stream = send(&endpoint, &format!("PUT {path}"), &tarball);
+    wait_for(|| endpoint.stored().iter().any(|path| path.starts_with("segments/")), "the first segment");
+    std::thread::sleep(Duration::from_secs(6));
+    stream.write_all(&tarball[30_000_000..]).unwrap();
+    assert_eq!(status(stream), 201);
+    assert_eq!(endpoint.put(&file("demo", "1", "manifest.json"), &manifest("demo", "1", &tarball)).status, 201);
+    assert!(endpoint.curl(&path, &[]).body == tarball);
+}
+
+/// Sends a request with the first 30 MB of `tarball`.
+fn send(endpoint: &Endpoint, request: &str, tarball: &[u8]) -> TcpStream {
+    let mut stream = TcpStream::connect(&endpoint.server().address).unwrap();
+    let head = format!(
+        "{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{}\r\nContent-Type: application/partial-upload\r\n\
+         Upload-Offset: 0\r\nUpload-Complete: ?1\r\nContent-Length: {}\r\n\r\n",
+        bearer(),
+        tarball.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&tarball[..30_000_000]).unwrap();
+    stream
+}
+
+/// The status of the answer; 0 where the connection broke.
+fn status(mut stream: TcpStream) -> u16 {
+    let mut head = [0; 12];
+    let read = stream.read_exact(&mut head);
+    read.map_or(0, |()| String::from_utf8_lossy(&head[9..]).parse().unwrap())
+}
+
+fn a_deletion_ends_uploads_and_loses_nothing_that_was_stored(kind: Kind) {
+    let endpoint = Endpoint::on(kind, &[]);
+    let tarball = noise(40_000_000, 42);
+    let (path, version) = (file("demo", "1", "repo.tar"), "/v1/artifacts/demo/1");
+    let under_way = || {
+        // Of a segment at least nobody has to wait for it any more.
+        let stored = endpoint.stored();
+        kind == Kind::Directory || stored.iter().any(|path| path.starts_with("segments/demo/1/"))
+    };
+    for (resumed, received) in [(true, 29_000_000), (false, 59_000_000)] {
+        let request = if resumed {
+            format!("PATCH {}", Upload::begin(&endpoint, "1", &tarball).path)
+        } else {
+            format!("PUT {path}")
+        };
+        let mut stream = send(&endpoint, &request, &tarball);
+        endpoint.received(received);
+        wait_for(under_way, "the first segment");
+        let deleted = endpoint.curl(version, &["-X", "DELETE", "-H", &bearer()]).status;
+        // Of what comes in one request a directory has nothing below the version's name yet.
+        let apart = kind == Kind::Directory && !resumed;
+        assert_eq!(deleted, if apart { 404 } else { 204 });
+        // It may have got its answer already.
+        let _ = stream.write_all(&tarball[30_000_000..]);
+        let answer = status(stream);
+        assert!(if apart { answer == 201 } else { [503, 0].contains(&answer) }, "{answer}, resumed: {resumed}");
+        if !apart {
+            wait_for(|| endpoint.stored().is_empty(), "everything to be gone");
+        }
+    }
+    let dir = endpoint.path("packed");
+    packed(&dir, "1", &tarball);
+    ok(&mut publish(&endpoint.url(""), &dir));
+    assert!(endpoint.curl(&path, &[]).body == tarball);
+}
+
 fn publish(url: &str, dir: &Path) -> Command {
     let mut command = builder();
     let token = dir.with_file_name("token");
@@ -328,7 +415,24 @@ fn kills_at_random_moments_lose_nothing(kind: Kind) {
         if random(2) == 0 {
             client.kill().unwrap();
         } else {
+            // Some die in the middle of a removal, which is asked for again then.
+            let removed = if !whole.is_empty() && random(2) == 0 {
+                let (version, _) = whole.remove(random(whole.len() as u64) as usize);
+                let path = format!("/v1/artifacts/demo/{version}");
+                let mut command = curl();
+                command.args(["-X", "DELETE", "-H", &bearer()]).arg(endpoint.url(&path));
+                let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+                std::thread::sleep(Duration::from_millis(random(60)));
+                Some((path, child))
+            } else {
+                None
+            };
             endpoint.restart();
+            if let Some((path, mut child)) = removed {
+                child.wait().unwrap();
+                let status = endpoint.curl(&path, &["-X", "DELETE", "-H", &bearer()]).status;
+                assert!([204, 404].contains(&status), "{status} {path}");
+            }
             proxy.lead_to(&endpoint.server().address);
             // It goes on with the endpoint that came back.
             if random(2) == 0 {

@@ -61,6 +61,56 @@ fn fails_every_tenth_call(kind: Kind) {
     door.set(|_| Trouble::Status(503));
     assert_eq!(endpoint.curl("/readyz", &[]).status, 503);
     assert_eq!(endpoint.curl("/healthz", &[]).status, 200);
+    door.set(|_| Trouble::None);
+    wait_for(|| endpoint.curl("/readyz", &[]).status == 200, "the store to answer again");
+    // Nor is one that is gone, or that takes the question and says nothing, however often it is asked.
+    door.set(|_| Trouble::Status(404));
+    wait_for(|| endpoint.curl("/readyz", &[]).status == 503, "the store to be missed");
+    door.seen();
+    door.set(|_| Trouble::Silence);
+    let asked: Vec<_> = std::thread::scope(|scope| {
+        let probes: Vec<_> = (0..20).map(|_| scope.spawn(|| endpoint.curl("/readyz", &[]).status)).collect();
+        probes.into_iter().map(|probe| probe.join().unwrap()).collect()
+    });
+    assert!(asked.iter().all(|status| *status == 503), "{asked:?}");
+    let questions = door.seen().iter().filter(|request| !request.contains("lock")).count();
+    assert!(questions < 10, "{questions} questions for {} probes", asked.len());
+}
+
+/// Whoever cannot renew the lock stops to write before somebody else may take it.
+#[test]
+fn an_endpoint_that_is_late_with_its_lock_stores_nothing() {
+    let mut endpoint = Endpoint::on(Kind::Swift, &[]);
+    endpoint.kill();
+    let door = Door::before(endpoint.place.address());
+    endpoint.place = endpoint.place.through(&door.address);
+    endpoint.restart();
+    let tarball = noise(1000, 640);
+    assert_eq!(endpoint.put(&file("demo", "1", "repo.tar"), &tarball).status, 201);
+    let write = || endpoint.put(&file("demo", "1", "manifest.json"), &manifest("demo", "1", &tarball)).status;
+    door.set(|request| if request.ends_with("/lock") { Trouble::Silence } else { Trouble::None });
+    wait_for(|| endpoint.curl("/readyz", &[]).status == 503, "the lock to be late");
+    assert_eq!(write(), 503);
+    assert_eq!(endpoint.curl("/v1/artifacts/demo/1", &["-X", "DELETE", "-H", &bearer()]).status, 503);
+    assert!(!endpoint.stored().iter().any(|path| path.ends_with("version.json")), "{:?}", endpoint.stored());
+    door.set(|_| Trouble::None);
+    wait_for(|| write() == 201, "the lock to be held again");
+    assert_eq!(endpoint.curl(&file("demo", "1", "repo.tar"), &[]).body, tarball);
+}
+
+#[test]
+fn a_stop_comes_through_before_the_store_is_open() {
+    let mut endpoint = Endpoint::start();
+    endpoint.kill();
+    let log = endpoint.path("log");
+    let mut command = builder();
+    command.args(["endpoint", "--listen", &e2e::free_address(), "--store", "swift://x"]);
+    command.envs([("ST_AUTH", "http://127.0.0.1:1/auth/v1.0"), ("ST_USER", "a:b"), ("ST_KEY", "c")]);
+    let mut child = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+    wait_for(|| endpoint.log().contains("next try in"), "the login to fail");
+    ok(tool("kill").args(["-s", "TERM", &child.id().to_string()]));
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert!(endpoint.log().contains("stopped by a signal"), "{}", endpoint.log());
 }
 
 /// One manifest wins, and an upload goes on at the other endpoint.
@@ -203,4 +253,5 @@ fn what_is_missing_for_a_store_is_named() {
     assert!(!done.stderr.contains("4711"), "{done:?}");
     let ca = [("AWS_CA_BUNDLE", "/nonexistent.pem")];
     fails(&mut start("s3://x", &ca), 1, "AWS_CA_BUNDLE /nonexistent.pem");
+    fails(&mut start("s3://x", &[("AWS_CA_BUNDLE", "/dev/null")]), 3, "AWS_CA_BUNDLE /dev/null holds no certificate");
 }

@@ -1,8 +1,9 @@
 //! What every kind of store does: the operations that [`super::Store`] makes its rules of.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::sync::MutexGuard;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -62,14 +63,43 @@ pub trait Sink: Send {
     /// Makes durable what was written.
     fn sync(&mut self) -> Result<()>;
 
-    /// Gives the tarball its name by digest, durably: it waits for its manifest now. False
-    /// if the same is there already. What was synced is gone if it does not get its place,
+    /// Gives the tarball its name by digest, durably: it waits for its manifest now; under the lock of its name. False
+    /// if the same is there already; [`super::Interrupted`] where it was deleted while it was written. What was synced is gone if it does not get its place,
     /// unless it is an upload that can be resumed.
     fn place(self: Box<Self>, digest: &Digest) -> Result<bool>;
 
     /// The segments so far, where there are any.
     fn segments(&self) -> Vec<Segment> {
         Vec::new()
+    }
+}
+
+/// The uploads in one request that are under way, by what they write, with the lengths that they were promised.
+#[derive(Debug, Clone, Default)]
+pub struct Promises(Arc<Mutex<HashMap<String, u64>>>);
+
+/// An upload under way; dropped, it is over.
+pub struct Promise {
+    promises: Promises,
+    name: String,
+}
+
+impl Promises {
+    /// Grants `length` bytes to what is written as `name`.
+    pub fn grant(&self, name: String, length: u64) -> Promise {
+        self.all().insert(name.clone(), length);
+        Promise { promises: self.clone(), name }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> MutexGuard<'_, HashMap<String, u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        self.promises.all().remove(&self.name);
     }
 }
 
@@ -103,8 +133,14 @@ pub trait Backend: Send + Sync {
     /// Opens a version's tarball.
     fn tarball(&self, id: &Id, digest: &Digest) -> Result<Option<Stored>>;
 
-    /// Starts to receive a tarball in one go.
-    fn receive(&self, id: &Id) -> Result<Box<dyn Sink>>;
+    /// The size of a tarball all of whose bytes are there.
+    fn whole(&self, id: &Id, digest: &Digest) -> Result<Option<u64>>;
+
+    /// Lets a tarball that waits for its manifest be as young as a new one.
+    fn renew(&self, id: &Id, digest: &Digest) -> Result<()>;
+
+    /// Starts to receive a tarball in one go, of which `length` bytes are promised.
+    fn receive(&self, id: &Id, length: u64) -> Result<Box<dyn Sink>>;
 
     /// What there is of an upload.
     fn partial(&self, id: &Id, digest: &Digest) -> Result<Option<Partial>>;
@@ -119,11 +155,17 @@ pub trait Backend: Send + Sync {
     /// Gives an upload up.
     fn cancel(&self, id: &Id, digest: &Digest) -> Result<()>;
 
-    /// The uploads that nobody has added to for `age`.
-    fn stale(&self, age: Duration) -> Result<Vec<(Id, Digest)>>;
+    /// The uploads that are resumed.
+    fn uploads(&self) -> Result<Vec<(Id, Digest)>>;
 
-    /// Removes what has waited for its manifest for `age`; `lock` takes the lock of a version's name.
-    fn expire<'a>(&self, age: Duration, lock: &dyn Fn(&Name) -> MutexGuard<'a, ()>) -> Result<()>;
+    /// Whether nobody has added to an upload for `age`.
+    fn is_stale(&self, id: &Id, digest: &Digest, age: Duration) -> Result<bool>;
+
+    /// The versions of which there is something that has no record.
+    fn incomplete(&self) -> Result<Vec<Id>>;
+
+    /// Removes what of a version without a record has waited for its manifest for `age`.
+    fn expire(&self, id: &Id, age: Duration) -> Result<()>;
 
     /// Removes what a complete version does not need.
     fn sweep(&self, id: &Id, record: &Record) -> Result<()>;
@@ -134,6 +176,6 @@ pub trait Backend: Send + Sync {
     /// Bytes that it holds, with those that uploads under way were promised.
     fn used(&self) -> Result<u64>;
 
-    /// Bytes that are free.
-    fn free(&self) -> Result<u64>;
+    /// Bytes that are free, where there is an end to them.
+    fn free(&self) -> Result<Option<u64>>;
 }

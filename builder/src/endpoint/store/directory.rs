@@ -8,7 +8,6 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::MutexGuard;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -20,7 +19,8 @@ use oscontainer_program::staging::{remove_if_there, sync_dir};
 use rustix::fs::StatVfsMountFlags;
 use tempfile::NamedTempFile;
 
-use super::backend::{Backend, Partial, Sink, Source, Stored};
+use super::Interrupted;
+use super::backend::{Backend, Partial, Promise, Promises, Sink, Source, Stored};
 use super::record::{Id, RECORD, Record, digest_of, file_name};
 use super::upload::Hashed;
 
@@ -37,6 +37,8 @@ pub struct Directory {
     tmp: PathBuf,
     /// Whether the machine may have stopped since the directory was served last.
     rebooted: bool,
+    /// The uploads in one request, by the names of their files in `tmp`.
+    promises: Promises,
     _lock: File,
 }
 
@@ -68,6 +70,7 @@ impl Directory {
             uploads: root.join("uploads"),
             tmp: root.join(".tmp"),
             rebooted: served != boot || boot.is_empty(),
+            promises: Promises::default(),
             _lock: lock,
         };
         for dir in [&store.artifacts, &store.uploads, &store.tmp] {
@@ -263,8 +266,21 @@ impl Backend for Directory {
         self.open_file(id, digest)
     }
 
-    fn receive(&self, id: &Id) -> Result<Box<dyn Sink>> {
-        Ok(Writing::boxed(Incoming::Whole(self.temporary()?), &self.artifacts, id))
+    fn whole(&self, id: &Id, digest: &Digest) -> Result<Option<u64>> {
+        Ok(self.tarball(id, digest)?.map(|tarball| tarball.size))
+    }
+
+    fn renew(&self, id: &Id, digest: &Digest) -> Result<()> {
+        let path = self.dir(id).join(file_name(digest));
+        let touched = File::options().append(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        touched.with_context(|| format!("touching {}", path.display()))
+    }
+
+    fn receive(&self, id: &Id, length: u64) -> Result<Box<dyn Sink>> {
+        let file = self.temporary()?;
+        let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let promise = self.promises.grant(name, length);
+        Ok(Writing::boxed(Incoming::Whole(file, promise), &self.artifacts, id))
     }
 
     fn partial(&self, id: &Id, digest: &Digest) -> Result<Option<Partial>> {
@@ -299,37 +315,39 @@ impl Backend for Directory {
         Ok(())
     }
 
-    fn stale(&self, age: Duration) -> Result<Vec<(Id, Digest)>> {
-        let mut stale = Vec::new();
+    fn uploads(&self) -> Result<Vec<(Id, Digest)>> {
+        let mut uploads = Vec::new();
         for id in self.ids(&self.uploads)? {
-            let dir = self.upload_dir(&id);
-            for name in file_names(&dir)? {
-                if let Some(digest) = name.split_once('.').and_then(|(digest, _)| digest_of(digest))
-                    && is_older(&dir.join(&name), age)
-                {
-                    stale.push((id.clone(), digest));
-                }
-            }
+            let names = file_names(&self.upload_dir(&id))?;
+            let digests = names.iter().filter_map(|name| digest_of(name.split_once('.')?.0));
+            uploads.extend(digests.map(|digest| (id.clone(), digest)));
         }
-        Ok(stale)
+        Ok(uploads)
     }
 
-    fn expire<'a>(&self, age: Duration, lock: &dyn Fn(&Name) -> MutexGuard<'a, ()>) -> Result<()> {
-        for id in self.ids(&self.artifacts)? {
-            let _guard = lock(&id.name);
-            let dir = self.dir(&id);
-            if dir.join(RECORD).exists() {
-                continue;
-            }
-            for name in file_names(&dir)? {
-                let path = dir.join(&name);
-                if is_older(&path, age) {
-                    remove_if_there(&path)?;
-                    tracing::info!("removed {}: its manifest has not come", path.display());
-                }
-            }
-            remove_empty(&self.artifacts, &id);
+    fn is_stale(&self, id: &Id, digest: &Digest, age: Duration) -> Result<bool> {
+        Ok(self.upload_file(id, digest)?.is_some_and(|(path, _)| is_older(&path, age)))
+    }
+
+    fn incomplete(&self) -> Result<Vec<Id>> {
+        let mut ids = self.ids(&self.artifacts)?;
+        ids.retain(|id| !self.dir(id).join(RECORD).exists());
+        Ok(ids)
+    }
+
+    fn expire(&self, id: &Id, age: Duration) -> Result<()> {
+        let dir = self.dir(id);
+        if dir.join(RECORD).exists() {
+            return Ok(());
         }
+        for name in file_names(&dir)? {
+            let path = dir.join(&name);
+            if is_older(&path, age) {
+                remove_if_there(&path)?;
+                tracing::info!("removed {}: its manifest has not come", path.display());
+            }
+        }
+        remove_empty(&self.artifacts, id);
         Ok(())
     }
 
@@ -349,12 +367,12 @@ impl Backend for Directory {
     }
 
     fn delete(&self, id: &Id) -> Result<bool> {
-        remove_dir(&self.upload_dir(id))?;
+        let uploads = remove_dir(&self.upload_dir(id))?;
         remove_empty(&self.uploads, id);
         // The record goes first: a version without its files must not be visible.
         self.remove(id, RECORD)?;
         if !remove_dir(&self.dir(id))? {
-            return Ok(false);
+            return Ok(uploads);
         }
         let parent = self.artifacts.join(id.name.as_str());
         // It stays where other versions are in it.
@@ -364,7 +382,9 @@ impl Backend for Directory {
 
     fn used(&self) -> Result<u64> {
         let size = |path: PathBuf| fs::metadata(path).map_or(0, |metadata| metadata.len());
-        let mut used = file_names(&self.tmp)?.into_iter().map(|name| size(self.tmp.join(name))).sum();
+        let promised = |name: &str| self.promises.all().get(name).copied().unwrap_or_default();
+        let names = file_names(&self.tmp)?;
+        let mut used = names.into_iter().map(|name| promised(&name).max(size(self.tmp.join(name)))).sum();
         for id in self.ids(&self.artifacts)? {
             let dir = self.dir(&id);
             used += file_names(&dir)?.into_iter().map(|name| size(dir.join(name))).sum::<u64>();
@@ -376,9 +396,9 @@ impl Backend for Directory {
         Ok(used)
     }
 
-    fn free(&self) -> Result<u64> {
+    fn free(&self) -> Result<Option<u64>> {
         let stat = rustix::fs::statvfs(&self.tmp).context("asking how much space is left")?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        Ok(Some(stat.f_bavail.saturating_mul(stat.f_frsize)))
     }
 }
 
@@ -440,7 +460,7 @@ fn or_emptied(file: &File, synced: io::Result<()>) -> io::Result<()> {
 
 enum Incoming {
     /// In one go; removed unless it gets its place.
-    Whole(NamedTempFile),
+    Whole(NamedTempFile, #[expect(dead_code, reason = "it lasts as long as the file")] Promise),
     /// To be resumed.
     Part(File, PathBuf),
 }
@@ -464,7 +484,7 @@ impl Writing {
 
     fn file(&mut self) -> &mut File {
         match &mut self.file {
-            Incoming::Whole(file) => file.as_file_mut(),
+            Incoming::Whole(file, _) => file.as_file_mut(),
             Incoming::Part(file, _) => file,
         }
     }
@@ -489,11 +509,12 @@ impl Sink for Writing {
         let dir = create_dirs(&self.artifacts, &self.id)?;
         let path = dir.join(file_name(digest));
         match self.file {
-            Incoming::Whole(file) => persist(file, &path),
-            Incoming::Part(_, from) => {
-                fs::rename(&from, &path).with_context(|| format!("creating {}", path.display()))?;
-                sync_dir(&dir).map(|()| true)
-            }
+            Incoming::Whole(file, _) => persist(file, &path),
+            Incoming::Part(_, from) => match fs::rename(&from, &path) {
+                Ok(()) => sync_dir(&dir).map(|()| true),
+                Err(error) if error.kind() == ErrorKind::NotFound => bail!(Interrupted::DELETED),
+                Err(error) => Err(error).with_context(|| format!("creating {}", path.display())),
+            },
         }
     }
 }

@@ -19,18 +19,19 @@ mod segments;
 mod swift;
 mod upload;
 
+use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher as _};
 use std::io::{self, ErrorKind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_artifact::manifest::Manifest;
 use oscontainer_artifact::protocol::Name;
 
-use backend::{Backend, Sink};
+use backend::Backend;
 pub use backend::{Partial, Stored};
 pub use location::StoreOptions;
 use record::RECORD;
@@ -41,6 +42,16 @@ pub use upload::{Appending, Hashed, Received, Upload};
 const DAMAGED: &str = "version.json.damaged";
 /// How many locks the artifacts' names share.
 const LOCKS: usize = 64;
+
+/// What was under way cannot go on: somebody else was faster. Whoever sends it again starts from what is there now.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; send it again")]
+pub struct Interrupted(pub &'static str);
+
+impl Interrupted {
+    /// The version was deleted meanwhile.
+    const DELETED: Self = Self("the version was deleted while the upload was under way");
+}
 
 /// What became of a file that a client sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,23 +108,30 @@ impl Store {
     /// Removes what a crash left, and takes damaged versions out of service.
     fn recover(&self) -> Result<()> {
         let mut complete = Vec::new();
+        let mut records = HashMap::new();
         for (id, bytes) in self.backend.records(None)? {
             match Record::parse(&bytes, &id) {
-                Ok(record) => complete.push((id, record)),
+                Ok(record) => {
+                    complete.push((id.clone(), record));
+                    records.insert(id, bytes);
+                }
                 Err(error) => self.take_out(&id, &bytes, &format!("{error:#}"))?,
             }
         }
         for (id, damage) in self.backend.recover(&complete)? {
-            if let Some((_, record)) = complete.iter().find(|(other, _)| *other == id) {
-                self.take_out(&id, &serde_json::to_vec(record)?, &damage)?;
+            if let Some(record) = records.get(&id) {
+                self.take_out(&id, record, &damage)?;
             }
         }
         Ok(())
     }
 
-    /// Takes a damaged version out of service, so that it can be published again. What was
-    /// damaged of it is gone.
+    /// Takes a damaged version out of service, so that it can be published again; not one that another
+    /// endpoint has published again meanwhile, with another `record`.
     fn take_out(&self, id: &Id, record: &[u8], damage: &str) -> Result<()> {
+        if self.backend.read(id, RECORD)?.as_deref() != Some(record) {
+            return Ok(());
+        }
         tracing::error!("{} {} is damaged and not served; publish it again: {damage}", id.name, id.version);
         self.backend.remove(id, DAMAGED)?;
         self.backend.create(id, DAMAGED, record)?;
@@ -134,11 +152,8 @@ impl Store {
     }
 
     /// Bytes that are free for uploads, of the disk and of the quota.
-    ///
-    /// # Errors
-    /// When the store does not say.
-    pub fn free(&self) -> Result<u64> {
-        let free = self.backend.free()?;
+    fn free(&self) -> Result<u64> {
+        let free = self.disk_free()?;
         match self.quota {
             None => Ok(free),
             Some(quota) => Ok(free.min(quota.saturating_sub(self.backend.used()?))),
@@ -150,7 +165,26 @@ impl Store {
     /// # Errors
     /// When the store does not say.
     pub fn disk_free(&self) -> Result<u64> {
-        self.backend.free()
+        Ok(self.backend.free()?.unwrap_or(u64::MAX))
+    }
+
+    /// How much of everything there is.
+    ///
+    /// # Errors
+    /// When the store does not say.
+    pub fn usage(&self) -> Result<Usage> {
+        let artifacts = self.all()?;
+        let records = || artifacts.iter().flat_map(|(_, versions)| versions).map(|(_, record)| record);
+        let (used, disk) = (self.backend.used()?, self.backend.free()?);
+        let left = self.quota.map(|quota| quota.saturating_sub(used));
+        let stored = records().map(|record| record.size + record.manifest_size).sum();
+        Ok(Usage {
+            versions: records().count() as u64,
+            stored,
+            staged: used.saturating_sub(stored),
+            quota: self.quota,
+            free: disk.into_iter().chain(left).min(),
+        })
     }
 
     /// The record of a complete version.
@@ -177,12 +211,21 @@ impl Store {
         self.backend.tarball(id, digest)
     }
 
-    /// Starts to receive a tarball.
+    /// Starts to receive a tarball of `length` bytes, or of nobody knows how many; also how many there is room for.
+    /// Nothing where there is no room.
     ///
     /// # Errors
     /// When the store fails.
-    pub fn receive(&self, id: &Id) -> Result<Upload> {
-        Ok(Upload::new(Some(self.backend.receive(id)?), Hashed::default()))
+    pub fn receive(&self, id: &Id, length: Option<u64>) -> Result<Option<(Upload, u64)>> {
+        let _promising = self.promising.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = self.free()?;
+        if length.is_some_and(|length| length > free) {
+            return Ok(None);
+        }
+        let sink = self.backend.receive(id, length.unwrap_or_default())?;
+        let mut upload = Upload::new(Some(sink), Hashed::default());
+        upload.promised = length.is_some();
+        Ok(Some((upload, free)))
     }
 
     /// Keeps a tarball for the version, to be picked by its manifest.
@@ -194,16 +237,18 @@ impl Store {
         if let Some(record) = self.record(id)? {
             return Ok(same_or_conflict(record.digest, received.digest));
         }
-        // Others may have come in meanwhile; what is here counts already.
-        if let Some(quota) = self.quota
+        if self.is_staged(id, &received.digest)? {
+            return Ok(Outcome::Same);
+        }
+        // It was here before, and need not have been kept.
+        let sink = received.sink.ok_or(Interrupted::DELETED)?;
+        // To one that said no length nothing was promised; what is here of it counts already.
+        if let Some(quota) = self.quota.filter(|_| !received.promised)
             && self.backend.used()? > quota
         {
             return Err(io::Error::from(ErrorKind::QuotaExceeded)).context("the store is at its --quota");
         }
-        let Some(sink) = received.sink else {
-            bail!("{} {} was deleted while the upload was under way; send it again", id.name, id.version);
-        };
-        self.place(id, &received.digest, sink)
+        Ok(if sink.place(&received.digest)? { Outcome::Created } else { Outcome::Same })
     }
 
     /// Stores a manifest and with it completes its version. `bytes` are the
@@ -218,11 +263,15 @@ impl Store {
         if let Some(record) = self.record(&id)? {
             return Ok(same_or_conflict(record.manifest_digest, digest));
         }
-        let tarball = self.backend.tarball(&id, &manifest.tarball.digest)?;
-        if tarball.map(|tarball| tarball.size) != Some(manifest.tarball.size) {
+        if self.backend.whole(&id, &manifest.tarball.digest)? != Some(manifest.tarball.size) {
             return Ok(Outcome::NoTarball);
         }
-        self.backend.create(&id, &file_name(&digest), bytes)?;
+        let file = file_name(&digest);
+        if !self.backend.create(&id, &file, bytes)? {
+            // Where it says something else it was damaged.
+            self.backend.remove(&id, &file)?;
+            self.backend.create(&id, &file, bytes)?;
+        }
         let newest = self.versions(&id.name)?.first().map_or(0, |(_, record)| record.stored + 1);
         let record = Record {
             manifest_digest: digest,
@@ -236,7 +285,7 @@ impl Store {
         };
         if !self.backend.create(&id, RECORD, &serde_json::to_vec(&record)?)? {
             // Another endpoint on the same store was faster.
-            let stored = self.record(&id)?.context("the version was deleted at the same time; send it again")?;
+            let stored = self.record(&id)?.ok_or(Interrupted::DELETED)?;
             return Ok(same_or_conflict(stored.manifest_digest, digest));
         }
         self.sweep(&id, &record);
@@ -298,19 +347,26 @@ impl Store {
         Ok(artifacts)
     }
 
-    /// What there is of the upload of a tarball with this digest.
+    /// What there is of the upload of a tarball with this digest. Whoever asks may rely on it: what waits for its
+    /// manifest waits as long as a new one.
     ///
     /// # Errors
     /// When the store fails.
     pub fn find_upload(&self, id: &Id, digest: &Digest) -> Result<Found> {
+        let _guard = self.lock(&id.name);
+        self.found(id, digest)
+    }
+
+    fn found(&self, id: &Id, digest: &Digest) -> Result<Found> {
         if let Some(record) = self.record(id)? {
             return Ok(match same_or_conflict(record.digest, *digest) {
                 Outcome::Conflict(stored) => Found::Conflict(stored),
                 _ => Found::Whole(record.size),
             });
         }
-        if let Some(tarball) = self.backend.tarball(id, digest)? {
-            return Ok(Found::Whole(tarball.size));
+        if let Some(size) = self.backend.whole(id, digest)? {
+            self.backend.renew(id, digest)?;
+            return Ok(Found::Whole(size));
         }
         Ok(self.backend.partial(id, digest)?.map_or(Found::Nothing, Found::Partial))
     }
@@ -322,7 +378,7 @@ impl Store {
     pub fn begin_upload(&self, id: &Id, digest: &Digest, length: u64) -> Result<Found> {
         let _guard = self.lock(&id.name);
         // What was begun counts against the quota as a whole already.
-        let found = self.find_upload(id, digest)?;
+        let found = self.found(id, digest)?;
         if !matches!(found, Found::Nothing) {
             return Ok(found);
         }
@@ -360,7 +416,7 @@ impl Store {
             Some(record) => same_or_conflict(record.digest, *digest),
             None => {
                 let sink = received.sink.context("an upload that is added to has a place")?;
-                self.place(id, digest, sink)?
+                if self.is_staged(id, digest)? || !sink.place(digest)? { Outcome::Same } else { Outcome::Created }
             }
         };
         self.backend.cancel(id, digest)?;
@@ -373,32 +429,54 @@ impl Store {
     /// When the store fails.
     pub fn cancel_upload(&self, id: &Id, digest: &Digest) -> Result<bool> {
         let _guard = self.lock(&id.name);
-        let Found::Partial(_) = self.find_upload(id, digest)? else { return Ok(false) };
+        let Found::Partial(_) = self.found(id, digest)? else { return Ok(false) };
         self.backend.cancel(id, digest)?;
         Ok(true)
     }
 
-    /// The uploads that nobody has added to for `age`.
+    /// The uploads that are not finished.
     ///
     /// # Errors
     /// When the store fails.
-    pub fn stale_uploads(&self, age: Duration) -> Result<Vec<(Id, Digest)>> {
-        self.backend.stale(age)
+    pub fn uploads(&self) -> Result<Vec<(Id, Digest)>> {
+        self.backend.uploads()
     }
 
-    /// Removes tarballs whose manifest has not come for `age`.
+    /// Gives an upload up that nobody has added to for `age`; whether it was one.
     ///
     /// # Errors
     /// When the store fails.
-    pub fn expire_staged(&self, age: Duration) -> Result<()> {
-        self.backend.expire(age, &|name| self.lock(name))
-    }
-
-    fn place(&self, id: &Id, digest: &Digest, sink: Box<dyn Sink>) -> Result<Outcome> {
-        if self.backend.tarball(id, digest)?.is_some() {
-            return Ok(Outcome::Same);
+    pub fn expire_upload(&self, id: &Id, digest: &Digest, age: Duration) -> Result<bool> {
+        let _guard = self.lock(&id.name);
+        let stale = self.backend.is_stale(id, digest, age)?;
+        if stale {
+            self.backend.cancel(id, digest)?;
         }
-        Ok(if sink.place(digest)? { Outcome::Created } else { Outcome::Same })
+        Ok(stale)
+    }
+
+    /// Removes tarballs whose manifest has not come for `age`. What cannot be removed is in the log, and in the way
+    /// of nothing else.
+    ///
+    /// # Errors
+    /// When the store cannot be listed.
+    pub fn expire_staged(&self, age: Duration) -> Result<()> {
+        for id in self.backend.incomplete()? {
+            let _guard = self.lock(&id.name);
+            if let Err(error) = self.backend.expire(&id, age) {
+                tracing::warn!("removing what is left of {} {}: {error:#}", id.name, id.version);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a tarball waits for its manifest; if so, as long as a new one.
+    fn is_staged(&self, id: &Id, digest: &Digest) -> Result<bool> {
+        let whole = self.backend.whole(id, digest)?.is_some();
+        if whole {
+            self.backend.renew(id, digest)?;
+        }
+        Ok(whole)
     }
 
     /// Removes what a complete version does not need; the next start tries again.
@@ -420,12 +498,29 @@ impl Store {
 /// The names of all artifacts with their complete versions, newest first.
 pub type Artifacts = Vec<(Name, Vec<(Name, Record)>)>;
 
+/// How much of everything a store has.
+#[derive(Debug, Clone)]
+pub struct Usage {
+    /// Complete versions.
+    pub versions: u64,
+    /// Bytes of them.
+    pub stored: u64,
+    /// Bytes of what is not complete, or promised to it.
+    pub staged: u64,
+    /// Bytes that it may hold.
+    pub quota: Option<u64>,
+    /// Bytes that are free, where there is an end to them.
+    pub free: Option<u64>,
+}
+
 /// How the store failed.
 pub enum Failure {
     /// There is no space left.
     Full,
     /// It may answer later.
     Passing,
+    /// Somebody was faster.
+    Interrupted(String),
     /// Otherwise.
     Other,
 }
@@ -433,6 +528,12 @@ pub enum Failure {
 /// How the store failed that gave this error.
 pub fn failure(error: &anyhow::Error) -> Failure {
     for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<Interrupted>() {
+            return Failure::Interrupted(error.to_string());
+        }
+        if cause.downcast_ref::<lease::Lost>().is_some() {
+            return Failure::Passing;
+        }
         if let Some(error) = cause.downcast_ref::<io::Error>()
             && matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
         {

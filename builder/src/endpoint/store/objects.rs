@@ -1,5 +1,5 @@
 //! Artifacts in an object store. Small files are objects, tarballs are segments and an index
-//! (segments.rs); nothing is ever overwritten.
+//! (segments.rs); nothing is ever overwritten with other bytes.
 //!
 //!     PREFIX/artifacts/NAME/VERSION/sha256-HEX       a manifest
 //!     PREFIX/artifacts/NAME/VERSION/sha256-HEX.index a tarball: which segments make it
@@ -14,7 +14,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
 use opendal::{ErrorKind, Metadata, Operator};
@@ -23,17 +23,15 @@ use oscontainer_artifact::protocol::Name;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
-use super::Failure;
-use super::backend::{Backend, Partial, Sink, Source, Stored};
+use super::backend::{Backend, Partial, Promise, Promises, Sink, Source, Stored};
 use super::lease::Lease;
-use super::record::{Id, RECORD, Record, file_name};
+use super::record::{Id, RECORD, Record, digest_of, file_name};
 use super::segments::{Index, Segment, Segments, Writer, chain, random};
 use super::upload::Hashed;
+use super::{Failure, Interrupted};
 
 /// Requests to the store at the same time, where many objects are looked at.
 const AT_ONCE: usize = 64;
-/// How long the store may take to answer a probe.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An object store's operators: the same place, reached in different ways.
 #[derive(Clone)]
@@ -51,6 +49,8 @@ pub struct Objects {
     runtime: Handle,
     /// Held where the store cannot create conditionally.
     lease: Option<Arc<Lease>>,
+    /// The uploads in one request, by the path of their segments.
+    promises: Promises,
     records: Arc<Mutex<Records>>,
 }
 
@@ -79,6 +79,12 @@ impl Listed {
         Some((Id { name, version }, parts.next()?))
     }
 
+    /// The upload that it is the marker of.
+    fn upload(&self) -> Option<(Id, Digest)> {
+        let (id, file) = self.place()?;
+        Some((id, digest_of(file)?))
+    }
+
     fn is_older(&self, age: Duration) -> bool {
         let modified = self.metadata.last_modified().map(SystemTime::from);
         modified.is_some_and(|time| SystemTime::now().duration_since(time).is_ok_and(|since| since >= age))
@@ -92,7 +98,8 @@ impl Objects {
     /// When it does not answer, or another endpoint serves it and it cannot have two.
     pub fn open(operators: Operators, shown: &str) -> Result<Self> {
         let runtime = Handle::current();
-        let mut store = Self { operators, runtime, lease: None, records: Arc::default() };
+        let (promises, records) = (Promises::default(), Arc::default());
+        let mut store = Self { operators, runtime, lease: None, promises, records };
         if !store.creates_conditionally().with_context(|| format!("using the store {shown}"))? {
             tracing::warn!(
                 "the store {shown} cannot create an object only where there is none: \
@@ -141,16 +148,26 @@ impl Objects {
     async fn created(&self, path: &str, bytes: &[u8]) -> Result<bool> {
         let created = match &self.lease {
             None => self.conditionally(path, bytes).await?,
-            Some(lease) => {
-                lease.check()?;
-                let free = self.get(path).await?.is_none();
-                if free {
-                    self.store().write(path, Bytes::copy_from_slice(bytes)).await?;
-                }
-                free
+            Some(_) => {
+                let create = async {
+                    let free = self.get(path).await?.is_none();
+                    if free {
+                        self.store().write(path, Bytes::copy_from_slice(bytes)).await?;
+                    }
+                    Ok(free)
+                };
+                self.held(create).await?
             }
         };
         Ok(created || self.get(path).await?.is_some_and(|there| there == bytes))
+    }
+
+    /// Changes something: as long as the lock is held, where there is one.
+    async fn held<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        match &self.lease {
+            None => work.await,
+            Some(lease) => lease.during(work).await,
+        }
     }
 
     fn store(&self) -> &Operator {
@@ -188,10 +205,15 @@ impl Objects {
             .collect())
     }
 
+    /// Removes objects, and segments only when all else is gone: what refers to them must not outlive them.
     async fn remove_all(&self, paths: impl IntoIterator<Item = String>) -> Result<()> {
-        let removals = futures_util::stream::iter(paths)
-            .map(async |path| self.store().delete(&path).await.with_context(|| format!("removing {path}")));
-        removals.buffer_unordered(AT_ONCE).try_collect().await
+        let (segments, others): (Vec<_>, Vec<_>) = paths.into_iter().partition(|path| path.starts_with("segments/"));
+        for paths in [others, segments] {
+            let removals = futures_util::stream::iter(paths)
+                .map(async |path| self.store().delete(&path).await.with_context(|| format!("removing {path}")));
+            self.held(removals.buffer_unordered(AT_ONCE).try_collect::<()>()).await?;
+        }
+        Ok(())
     }
 
     async fn index(&self, id: &Id, digest: &Digest) -> Result<Option<Index>> {
@@ -200,10 +222,55 @@ impl Objects {
         bytes.map(|bytes| Index::parse(&bytes).with_context(|| format!("reading {path}"))).transpose()
     }
 
+    /// The index of a tarball all of whose segments are there. What is wrong with another one is in the log.
+    async fn whole_index(&self, id: &Id, digest: &Digest) -> Result<Option<Index>> {
+        let path = index_path(id, digest);
+        let Some(bytes) = self.get(&path).await? else { return Ok(None) };
+        let damage = match Index::parse(&bytes) {
+            Err(error) => Some(format!("{error:#}")),
+            Ok(index) => match self.missing(id, &index).await? {
+                None => return Ok(Some(index)),
+                damage => damage,
+            },
+        };
+        tracing::warn!("{path} does not count: {}", damage.unwrap_or_default());
+        Ok(None)
+    }
+
+    /// What is missing of the segments that make a tarball.
+    async fn missing(&self, id: &Id, index: &Index) -> Result<Option<String>> {
+        let listed = self.list(&segments_path(id, &index.upload)).await?;
+        let sizes = sizes(&listed);
+        let segments = index.segments.iter().map(|segment| (segment_path(id, &index.upload, segment), segment.length));
+        self.differs(segments, &sizes).await
+    }
+
+    /// The first object that is not there with its size, and what is instead, given what is listed. Where a listing
+    /// lags behind, the objects are asked.
+    async fn differs(
+        &self,
+        objects: impl Iterator<Item = (String, u64)>,
+        listed: &HashMap<&str, u64>,
+    ) -> Result<Option<String>> {
+        for (path, size) in objects {
+            if listed.get(path.as_str()) == Some(&size) {
+                continue;
+            }
+            match self.size(&path).await? {
+                Some(found) if found == size => {}
+                Some(found) => return Ok(Some(format!("{path} has {found} bytes, not {size}"))),
+                None => return Ok(Some(format!("{path} is missing"))),
+            }
+        }
+        Ok(None)
+    }
+
+    /// What is known of an upload; one of which nothing can be known is none.
     async fn marker(&self, id: &Id, digest: &Digest) -> Result<Option<Marker>> {
         let path = marker_path(id, digest);
-        let bytes = self.get(&path).await?;
-        bytes.map(|bytes| serde_json::from_slice(&bytes).with_context(|| format!("reading {path}"))).transpose()
+        let Some(bytes) = self.get(&path).await? else { return Ok(None) };
+        let marker = serde_json::from_slice(&bytes);
+        Ok(marker.inspect_err(|error| tracing::warn!("{path} does not count: {error}")).ok())
     }
 
     /// All that there is of a version.
@@ -256,6 +323,11 @@ pub fn failure(error: &opendal::Error) -> Failure {
     }
 }
 
+/// The sizes of listed objects, by path.
+fn sizes(listed: &[Listed]) -> HashMap<&str, u64> {
+    listed.iter().map(|object| (object.path.as_str(), object.metadata.content_length())).collect()
+}
+
 /// The end of the name of a tarball's index.
 const INDEX: &str = ".index";
 
@@ -284,9 +356,12 @@ impl Backend for Objects {
         if let Some(lease) = &self.lease {
             lease.check()?;
         }
-        let probe = self.operators.once.exists("artifacts/probe");
-        let answer = self.wait(async { tokio::time::timeout(PROBE_TIMEOUT, probe).await });
-        answer.context("waiting for the store")?.map(drop).context("asking the store")
+        // A bucket that is gone has no objects either: only a listing tells.
+        self.wait(async {
+            let mut listed = self.operators.once.lister_with("artifacts/").limit(1).await?;
+            listed.next().await.transpose().map(drop)
+        })
+        .context("asking the store")
     }
 
     fn close(&self) {
@@ -329,8 +404,22 @@ impl Backend for Objects {
         Ok(Some(Stored { size: index.size(), source: Source::Segments(segments) }))
     }
 
-    fn receive(&self, id: &Id) -> Result<Box<dyn Sink>> {
-        Ok(self.writing(id, format!("{:016x}", random()), Vec::new(), true))
+    fn whole(&self, id: &Id, digest: &Digest) -> Result<Option<u64>> {
+        Ok(self.wait(self.whole_index(id, digest))?.map(|index| index.size()))
+    }
+
+    fn renew(&self, id: &Id, digest: &Digest) -> Result<()> {
+        let path = index_path(id, digest);
+        self.wait(self.held(async {
+            let Some(bytes) = self.get(&path).await? else { return Ok(()) };
+            self.store().write(&path, bytes).await.map(drop).with_context(|| format!("writing {path}"))
+        }))
+    }
+
+    fn receive(&self, id: &Id, length: u64) -> Result<Box<dyn Sink>> {
+        let upload = format!("{:016x}", random());
+        let promise = self.promises.grant(segments_path(id, &upload), length);
+        Ok(self.writing(id, upload, Vec::new(), Some(promise)))
     }
 
     fn partial(&self, id: &Id, digest: &Digest) -> Result<Option<Partial>> {
@@ -345,8 +434,16 @@ impl Backend for Objects {
 
     fn begin(&self, id: &Id, digest: &Digest, length: u64) -> Result<Partial> {
         let marker = Marker { upload: format!("{:016x}", random()), length };
-        if !self.wait(self.created(&marker_path(id, digest), &serde_json::to_vec(&marker)?))? {
-            return self.partial(id, digest)?.context("the upload was given up at the same time; begin it again");
+        let (path, bytes) = (marker_path(id, digest), serde_json::to_vec(&marker)?);
+        if !self.wait(self.created(&path, &bytes))? {
+            if let Some(partial) = self.partial(id, digest)? {
+                return Ok(partial);
+            }
+            // It was given up meanwhile, or cannot be read.
+            self.wait(self.remove_all([path.clone()]))?;
+            if !self.wait(self.created(&path, &bytes))? {
+                bail!(Interrupted("the upload was begun at the same time"));
+            }
         }
         Ok(Partial { length, upload: marker.upload, ..Partial::default() })
     }
@@ -357,14 +454,16 @@ impl Backend for Objects {
         let written = Segments::new(self.store().clone(), objects);
         self.wait(written.hash(hashed.offset, &mut hashed.hasher))?;
         hashed.offset = *offset;
-        Ok(self.writing(id, upload.clone(), segments.clone(), false))
+        Ok(self.writing(id, upload.clone(), segments.clone(), None))
     }
 
     fn cancel(&self, id: &Id, digest: &Digest) -> Result<()> {
         self.wait(async {
-            let Some(marker) = self.marker(id, digest).await? else { return Ok(()) };
+            let marker = self.marker(id, digest).await?;
             self.remove_all([marker_path(id, digest)]).await?;
-            if self.index(id, digest).await?.is_some_and(|index| index.upload == marker.upload) {
+            let Some(marker) = marker else { return Ok(()) };
+            let index = self.get(&index_path(id, digest)).await?.and_then(|bytes| Index::parse(&bytes).ok());
+            if index.is_some_and(|index| index.upload == marker.upload) {
                 return Ok(());
             }
             let segments = self.list(&segments_path(id, &marker.upload)).await?;
@@ -372,11 +471,25 @@ impl Backend for Objects {
         })
     }
 
-    fn stale(&self, age: Duration) -> Result<Vec<(Id, Digest)>> {
-        self.wait(self.abandoned(age))
+    fn uploads(&self) -> Result<Vec<(Id, Digest)>> {
+        let listed = self.wait(self.list("uploads/"))?;
+        Ok(listed.iter().filter_map(Listed::upload).collect())
     }
 
-    fn expire<'a>(&self, age: Duration, lock: &dyn Fn(&Name) -> MutexGuard<'a, ()>) -> Result<()> {
+    fn is_stale(&self, id: &Id, digest: &Digest, age: Duration) -> Result<bool> {
+        self.wait(async {
+            let markers = self.list(&below("uploads", id)).await?;
+            let path = marker_path(id, digest);
+            let Some(marker) = markers.iter().find(|object| object.path == path) else { return Ok(false) };
+            let segments = match self.marker(id, digest).await? {
+                Some(marker) => self.list(&segments_path(id, &marker.upload)).await?,
+                None => Vec::new(),
+            };
+            Ok(marker.is_older(age) && segments.iter().all(|segment| segment.is_older(age)))
+        })
+    }
+
+    fn incomplete(&self) -> Result<Vec<Id>> {
         let mut ids = HashSet::new();
         for root in ["artifacts/", "segments/"] {
             ids.extend(self.wait(self.list(root))?.iter().filter_map(|object| Some(object.place()?.0)));
@@ -384,11 +497,11 @@ impl Backend for Objects {
         for (id, _) in self.records(None)? {
             ids.remove(&id);
         }
-        for id in ids {
-            let _guard = lock(&id.name);
-            self.wait(self.expire_version(&id, age))?;
-        }
-        Ok(())
+        Ok(ids.into_iter().collect())
+    }
+
+    fn expire(&self, id: &Id, age: Duration) -> Result<()> {
+        self.wait(self.expire_version(id, age))
     }
 
     fn sweep(&self, id: &Id, record: &Record) -> Result<()> {
@@ -407,7 +520,7 @@ impl Backend for Objects {
             let complete = self.get(&record).await?.is_some();
             self.remove_all([record]).await?;
             let all = self.everything(id).await?;
-            let found = complete || all.iter().any(|path| path.starts_with("artifacts/"));
+            let found = complete || !all.is_empty();
             self.remove_all(all).await?;
             Ok(found)
         })
@@ -417,16 +530,16 @@ impl Backend for Objects {
         self.wait(self.usage())
     }
 
-    fn free(&self) -> Result<u64> {
-        Ok(u64::MAX)
+    fn free(&self) -> Result<Option<u64>> {
+        Ok(None)
     }
 }
 
 impl Objects {
-    fn writing(&self, id: &Id, upload: String, segments: Vec<Segment>, once: bool) -> Box<dyn Sink> {
+    fn writing(&self, id: &Id, upload: String, segments: Vec<Segment>, once: Option<Promise>) -> Box<dyn Sink> {
         let path = segments_path(id, &upload);
         let writer = Writer::new(self.store().clone(), self.runtime.clone(), path, segments);
-        Box::new(Writing { store: self.clone(), writer, id: id.clone(), upload, once })
+        Box::new(Writing { store: self.clone(), writer, id: id.clone(), upload, once, deleted: false })
     }
 }
 
@@ -436,8 +549,10 @@ struct Writing {
     writer: Writer,
     id: Id,
     upload: String,
-    /// Whether nothing of it stays unless it gets its place.
-    once: bool,
+    /// What was granted to an upload in one request: nothing of it stays unless it gets its place.
+    once: Option<Promise>,
+    /// Whether it was seen that it will never get its place.
+    deleted: bool,
 }
 
 impl Sink for Writing {
@@ -451,10 +566,24 @@ impl Sink for Writing {
 
     fn place(mut self: Box<Self>, digest: &Digest) -> Result<bool> {
         let index = Index { upload: self.upload.clone(), segments: self.writer.segments().to_vec() };
-        let (path, index) = (index_path(&self.id, digest), serde_json::to_vec(&index)?);
-        let created = self.store.wait(self.store.created(&path, &index))?;
-        self.once &= !created;
-        Ok(created)
+        let (path, bytes) = (index_path(&self.id, digest), serde_json::to_vec(&index)?);
+        let store = self.store.clone();
+        store.wait(async {
+            if let Some(missing) = store.missing(&self.id, &index).await? {
+                tracing::info!("{path} comes to nothing: {missing}");
+                self.deleted = true;
+                bail!(Interrupted::DELETED);
+            }
+            let mut created = store.created(&path, &bytes).await?;
+            if !created && store.whole_index(&self.id, digest).await?.is_none() {
+                store.remove_all([path.clone()]).await?;
+                created = store.created(&path, &bytes).await?;
+            }
+            if created {
+                self.once = None;
+            }
+            Ok(created)
+        })
     }
 
     fn segments(&self) -> Vec<Segment> {
@@ -464,7 +593,7 @@ impl Sink for Writing {
 
 impl Drop for Writing {
     fn drop(&mut self) {
-        if !self.once {
+        if self.once.is_none() && !self.deleted {
             return;
         }
         let (store, id, upload) = (self.store.clone(), self.id.clone(), self.upload.clone());

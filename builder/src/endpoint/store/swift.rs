@@ -4,6 +4,7 @@
 //! from TempAuth (version 1), by the variables that Swift's own clients read.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use axum::http::{self, Request};
@@ -11,7 +12,7 @@ use opendal::services::Swift;
 use opendal::{Buffer, ErrorKind, HttpBody, HttpTransport, OperationContext, Operator};
 use oscontainer_artifact::Rejected;
 use oscontainer_program::client::success;
-use oscontainer_program::exit::Usage;
+use oscontainer_program::exit::{self, Usage};
 use reqwest::header::{HeaderName, HeaderValue};
 use reqwest::{Client, Response, StatusCode};
 use serde::Deserialize;
@@ -21,6 +22,11 @@ use tokio::sync::{Mutex, MutexGuard};
 use super::location::{Place, first_of};
 
 const AUTH_TOKEN: HeaderName = HeaderName::from_static("x-auth-token");
+
+/// How long a login may take.
+const LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long is waited before the first login is tried again, each time.
+const LOGIN_PAUSES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(9)];
 
 /// An account, and how to get in.
 #[derive(Clone)]
@@ -56,8 +62,7 @@ impl Account {
     /// [`Usage`] where a variable is missing; when the login fails.
     pub fn from_environment(client: Client) -> Result<Self> {
         let login = Login::from_environment()?;
-        let session =
-            tokio::runtime::Handle::current().block_on(login.session(&client)).context("logging in to Swift")?;
+        let session = tokio::runtime::Handle::current().block_on(login.first_session(&client))?;
         let storage_url = first_of(&["OS_STORAGE_URL"]).unwrap_or(session.storage_url);
         Ok(Self(Arc::new(Inner { client, login, storage_url, token: Mutex::new(session.token) })))
     }
@@ -136,7 +141,26 @@ impl Login {
         })
     }
 
+    /// A session, also where what is to be logged in to comes up only now.
+    async fn first_session(&self, client: &Client) -> Result<Session> {
+        for pause in LOGIN_PAUSES {
+            match self.session(client).await {
+                Err(error) if exit::code(&error) == exit::RETRY => {
+                    tracing::warn!("next try in {} s: {}", pause.as_secs(), exit::chain(&error));
+                    tokio::time::sleep(pause).await;
+                }
+                done => return done,
+            }
+        }
+        self.session(client).await
+    }
+
     async fn session(&self, client: &Client) -> Result<Session> {
+        let session = tokio::time::timeout(LOGIN_TIMEOUT, self.ask(client)).await;
+        session.context("no answer in time").flatten().context("logging in to Swift")
+    }
+
+    async fn ask(&self, client: &Client) -> Result<Session> {
         match self {
             Self::Fixed { token } => Ok(Session { token: secret(token)?, storage_url: String::new() }),
             Self::V1 { url, user, key } => {

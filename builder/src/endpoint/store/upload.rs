@@ -32,12 +32,14 @@ pub struct Upload {
     sink: Option<Box<dyn Sink>>,
     hashing: Hashing,
     size: u64,
+    /// Whether there is room for all of it, whatever else comes.
+    pub(super) promised: bool,
 }
 
 impl Upload {
     /// One whose bytes go to `sink`, after those that were hashed.
     pub(super) fn new(sink: Option<Box<dyn Sink>>, hashed: Hashed) -> Self {
-        Self { sink, hashing: Hashing::Idle(hashed.hasher), size: hashed.offset }
+        Self { sink, hashing: Hashing::Idle(hashed.hasher), size: hashed.offset, promised: false }
     }
 
     /// Hashes and counts only: for a file that is there already.
@@ -65,7 +67,7 @@ impl Upload {
     /// When the store is full or fails.
     pub fn finish(mut self) -> Result<Received> {
         self.sync()?;
-        Ok(Received { sink: self.sink, digest: self.hashing.end().digest(), size: self.size })
+        Ok(Received { sink: self.sink, digest: self.hashing.end().digest(), size: self.size, promised: self.promised })
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -80,6 +82,7 @@ pub struct Received {
     pub digest: Digest,
     /// Bytes.
     pub size: u64,
+    pub(super) promised: bool,
 }
 
 /// A partial tarball that is being added to.
@@ -114,7 +117,7 @@ impl Appending {
     /// What was hashed. Where the store has not yet what was written last, it finds that
     /// out by itself.
     pub fn hashed(self) -> Hashed {
-        let Upload { sink, hashing, size } = self.upload;
+        let Upload { sink, hashing, size, .. } = self.upload;
         Hashed { hasher: hashing.end(), offset: size, segments: sink.map(|sink| sink.segments()).unwrap_or_default() }
     }
 }
