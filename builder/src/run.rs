@@ -109,12 +109,8 @@ fn run(args: &RunArgs, reporter: &mut Reporter) -> Result<Success> {
         }
     }
     reporter.stage("Composing", &format!("composing {}", args.treefile.display()));
-    let commit = compose::compose(&args.treefile, &repo, &args.compose)?;
-    let previous = commit.report.as_ref().and_then(|report| report.previous.as_deref());
-    if let Some(previous) = previous.filter(|_| commit.changed) {
-        // Before anything else can fail: the next run does not know of it any more.
-        compose::commit::keep(&repo, &commit.ref_name, previous)?;
-    }
+    let options = ComposeOptions { keep: true, ..args.compose.clone() };
+    let commit = compose::compose(&args.treefile, &repo, &options)?;
     // The manifest of what was published last under this name.
     let last = cache.join(format!("published-{}.json", args.naming.name(&commit.ref_name)?));
     let published = match as_before(args, &commit, &last)? {

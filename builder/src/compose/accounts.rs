@@ -76,6 +76,7 @@ pub fn split(tree: &Tree, keep: &[String]) -> Result<()> {
         }
     }
     tree.remove("etc/.pwd.lock")?;
+    undate(tree)?;
     if !has_altfiles(tree)? {
         tracing::warn!(
             "the tree has no libnss_altfiles.so.2: nodes will know no user and no group but root's; \
@@ -88,6 +89,23 @@ pub fn split(tree: &Tree, keep: &[String]) -> Result<()> {
     }
     let Some(nsswitch) = tree.read("etc/nsswitch.conf")? else { return Ok(()) };
     tree.write("etc/nsswitch.conf", altfiles(&nsswitch).as_bytes(), 0o644)
+}
+
+/// Takes the day of the last change of the password from accounts that are locked or have none (rpm-ostree,
+/// rust/src/normalization.rs, `normalize_etc_shadow`): it is that of SOURCE_DATE_EPOCH, and day 0, which that may be,
+/// means that the password must be changed now (shadow(5)).
+fn undate(tree: &Tree) -> Result<()> {
+    let Some(text) = tree.read("etc/shadow")? else { return Ok(()) };
+    let undated = |line: &str| {
+        let mut fields: Vec<&str> = line.split(':').collect();
+        if let [_, password, day, ..] = fields.as_mut_slice()
+            && password.starts_with(['!', '*'])
+        {
+            *day = "";
+        }
+        fields.join(":") + "\n"
+    };
+    tree.rewrite("etc/shadow", text.lines().map(undated).collect::<String>().as_bytes())
 }
 
 /// All lines of an arranged tree's passwd or group file, root's first.

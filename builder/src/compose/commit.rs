@@ -46,6 +46,16 @@ pub struct Facts<'a> {
     pub extra: Vec<(String, serde_json::Value)>,
 }
 
+/// Where a commit goes.
+pub struct Target<'a> {
+    /// The ref that will name it.
+    pub ref_name: &'a str,
+    /// Its parent.
+    pub parent: Option<&'a str>,
+    /// Whether the commit that the ref names now stays, as [`keep`] does it.
+    pub keep: bool,
+}
+
 /// Opens the repository; where there is none, one in archive mode is made.
 ///
 /// # Errors
@@ -244,25 +254,22 @@ pub fn import(path: &Path, from: &Path, ref_name: &str, commit: &str) -> Result<
 /// Where refs stand that keep what `run` composed before.
 const KEPT: &str = "kept";
 
-/// Keeps `previous`, which `ref_name` named until now, in the repository at `path`: by the
-/// next of the refs `kept/REF/NUMBER`.
+/// Keeps the commit that `ref_name` names, if it is another one than `next`, by the next of the refs
+/// `kept/REF/NUMBER`. Within the transaction that sets the ref to `next`, but at once: wherever that is broken off, the
+/// commit has a name.
 ///
 /// # Errors
 /// When refs cannot be read or written.
-pub fn keep(path: &Path, ref_name: &str, previous: &str) -> Result<()> {
-    let repo = open(path)?;
-    let transaction = begin(&repo)?;
-    let kept = kept(&repo, ref_name)?;
-    if kept.iter().any(|(_, commit)| commit == previous) {
-        return Ok(());
-    }
-    let there = repo.has_object(ostree::ObjectType::Commit, previous, gio::Cancellable::NONE);
-    if !there.with_context(|| format!("looking for commit {previous}"))? {
-        tracing::info!("another run has removed commit {previous}: it is not kept");
+pub fn keep(repo: &Repo, ref_name: &str, next: &str) -> Result<()> {
+    let Some(previous) = resolve(repo, ref_name)?.filter(|previous| previous != next) else { return Ok(()) };
+    let kept = kept(repo, ref_name)?;
+    if kept.iter().any(|(_, commit)| *commit == previous) {
         return Ok(());
     }
     let number = kept.last().map_or(1, |(number, _)| number + 1);
-    set_ref(&repo, transaction, &format!("{KEPT}/{ref_name}/{number}"), previous)
+    let name = format!("{KEPT}/{ref_name}/{number}");
+    let set = repo.set_ref_immediate(None, &name, Some(&previous), gio::Cancellable::NONE);
+    set.with_context(|| format!("setting the ref {name}"))
 }
 
 /// Of the commits that were kept of `ref_name`, leaves so many that there are `count` with that
@@ -273,9 +280,12 @@ pub fn keep(path: &Path, ref_name: &str, previous: &str) -> Result<()> {
 /// When refs cannot be written or objects not removed.
 pub fn prune(path: &Path, ref_name: &str, count: usize, alone: bool) -> Result<()> {
     let repo = open(path)?;
-    let kept = kept(&repo, ref_name)?;
-    let surplus = kept.len().saturating_sub(count.saturating_sub(1));
-    for (number, commit) in &kept[..surplus] {
+    let now = resolve(&repo, ref_name)?;
+    // A run that was broken off may have kept what the ref still names.
+    let (named, mut surplus): (Vec<_>, Vec<_>) =
+        kept(&repo, ref_name)?.into_iter().partition(|(_, commit)| Some(commit) == now.as_ref());
+    surplus.truncate(surplus.len().saturating_sub(count.saturating_sub(1)));
+    for (number, commit) in named.iter().chain(&surplus) {
         let name = format!("{KEPT}/{ref_name}/{number}");
         repo.set_ref_immediate(None, &name, None, gio::Cancellable::NONE)
             .with_context(|| format!("removing the ref {name} of commit {commit}"))?;
@@ -389,11 +399,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Commits the tree and sets `ref_name`; gives the commit's checksum.
+    /// Commits the tree and sets the ref; gives the commit's checksum.
     ///
     /// # Errors
     /// Rejected when the tree holds what no commit can; other errors when libostree fails.
-    pub fn commit(self, ref_name: &str, parent: Option<&str>, facts: &Facts) -> Result<(String, Option<Written>)> {
+    pub fn commit(self, target: &Target, facts: &Facts) -> Result<(String, Option<Written>)> {
         let Self { repo, transaction, root, policy, objects } = self;
         let mtree = MutableTree::new();
         let written = match objects {
@@ -407,9 +417,20 @@ impl<'a> Session<'a> {
         let file = file.downcast::<RepoFile>().ok().context("libostree gave no tree")?;
         let metadata = metadata(facts)?;
         let commit = repo
-            .write_commit_with_time(parent, None, None, Some(&metadata), &file, facts.timestamp, gio::Cancellable::NONE)
+            .write_commit_with_time(
+                target.parent,
+                None,
+                None,
+                Some(&metadata),
+                &file,
+                facts.timestamp,
+                gio::Cancellable::NONE,
+            )
             .context("writing the commit")?;
-        set_ref(repo, transaction, ref_name, &commit)?;
+        if target.keep {
+            keep(repo, target.ref_name, &commit)?;
+        }
+        set_ref(repo, transaction, target.ref_name, &commit)?;
         Ok((commit.into(), written))
     }
 }

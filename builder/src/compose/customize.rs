@@ -149,7 +149,7 @@ pub fn finalize(tree: &Tree, flattened: &Flattened) -> Result<()> {
         command.arg(&path).env("RPMOSTREE_WORKDIR", &directory);
         tracing::info!("running {}", program.display());
         let ended = process::run("finalize.d", &mut command)?;
-        ended.was_not_killed("finalize.d")?;
+        ended.had_what_it_needs("finalize.d")?;
         if !ended.status.success() {
             reject!("{} ended with {}; its last lines:{}", program.display(), ended.status, ended.tail());
         }
@@ -204,7 +204,7 @@ fn run_script(tree: &Tree, script: &[u8], what: &str, timestamp: u64) -> Result<
     tracing::info!("running {what}");
     let ended = process::run("postprocess", &mut command)?;
     tree.remove(SCRIPT)?;
-    ended.was_not_killed(what)?;
+    ended.had_what_it_needs(what)?;
     if !ended.status.success() {
         reject!("{what} ended with {}; its last lines:{}", ended.status, ended.tail());
     }

@@ -1,5 +1,6 @@
 //! The `dnf` engine: `dnf --installroot` installs, the rest is ours.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -16,6 +17,7 @@ use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, utim
 use super::lockfile::{Available, Divided, Lockfile};
 use super::plan::{self, Planned};
 use super::process::{self, Ended};
+use super::repo_file::{self, Section};
 use super::sandbox::Sandbox;
 use crate::treefile::Flattened;
 
@@ -45,6 +47,10 @@ const RETRY: [&str; 5] =
 const LOCK: &str = ".oscontainer.lock";
 /// Where dnf sees its cache.
 const CACHE: &str = "/var/cache/dnf";
+/// Where below the working directory the `.repo` files are, and where without what is only for the network: of these
+/// scriptlets may know.
+const REPOS: &str = "repos";
+const REPOS_OFFLINE: &str = "repos-offline";
 
 /// Where dnf works for one compose.
 pub struct Dnf<'a> {
@@ -58,8 +64,10 @@ pub struct Dnf<'a> {
     root: PathBuf,
     /// `SOURCE_DATE_EPOCH` for rpm: what it writes as the time of installation.
     epoch: u64,
-    /// The repositories that the `.repo` files define, and the local directories that they are.
-    known: BTreeMap<String, Vec<PathBuf>>,
+    /// The repositories that the `.repo` files define.
+    known: Vec<Section>,
+    /// Whether dnf has asked the repositories for what is new: it does so once, so that all stages see the same.
+    refreshed: Cell<bool>,
     /// What a lockfile takes from each of the treefile's `lockfile-repos`; empty while that is
     /// being found out.
     pinned: BTreeMap<String, Vec<String>>,
@@ -74,9 +82,9 @@ impl<'a> Dnf<'a> {
     /// When a repository of the treefile has no `.repo` file, or files cannot be written.
     pub fn prepare(flattened: &'a Flattened, work: &Path, cache: &Path, root: &Path, epoch: u64) -> Result<Self> {
         let (work, root, cache, snapshot) = (work.to_owned(), root.to_owned(), cache.join("dnf"), work.join("cache"));
-        let (known, pinned) = (BTreeMap::new(), BTreeMap::new());
-        let mut dnf = Self { flattened, work, cache, snapshot, root, epoch, known, pinned, missing: Vec::new() };
-        for dir in ["home", "repos", "vars"] {
+        let (known, refreshed, pinned, missing) = (Vec::new(), Cell::new(false), BTreeMap::new(), Vec::new());
+        let mut dnf = Self { flattened, work, cache, snapshot, root, epoch, known, refreshed, pinned, missing };
+        for dir in ["home", REPOS, REPOS_OFFLINE, "vars"] {
             fs::create_dir_all(dnf.work.join(dir)).context("making dnf's directories")?;
         }
         fs::create_dir_all(&dnf.cache).with_context(|| format!("making {}", dnf.cache.display()))?;
@@ -101,9 +109,8 @@ impl<'a> Dnf<'a> {
         let treefile = &self.flattened.treefile;
         let mut conf = format!(
             "[main]\ngpgcheck=1\nbest=1\nkeepcache=1\nplugins=0\ncheck_config_file_age=0\nzchunk=0\n\
-             install_weak_deps={}\nreposdir={}\nvarsdir={}\n",
+             install_weak_deps={}\nvarsdir={}\n",
             treefile.recommends.unwrap_or(true),
-            self.work.join("repos").display(),
             self.work.join("vars").display(),
         );
         if treefile.documentation == Some(false) {
@@ -163,26 +170,53 @@ impl<'a> Dnf<'a> {
     }
 
     /// Copies the `.repo` files beside the treefile, and no others; gives what they define.
-    fn copy_repositories(&self) -> Result<BTreeMap<String, Vec<PathBuf>>> {
+    fn copy_repositories(&self) -> Result<Vec<Section>> {
         let dir = &self.flattened.external.directory;
-        let mut known = BTreeMap::new();
+        let mut known = Vec::new();
         for entry in fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "repo") {
                 let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-                known.extend(self.defined(&text));
+                let mut sections = match repo_file::parse(&text) {
+                    Ok(sections) => sections,
+                    Err(wrong) => reject!("{}: {wrong}", path.display()),
+                };
+                // dnf's own options, which it does not take from here.
+                sections.retain(|section| section.id != "main");
+                sections.iter_mut().for_each(|section| self.leave_to_others(section));
                 let name = path.file_name().context("a directory entry has a name")?;
-                fs::write(self.work.join("repos").join(name), text)?;
+                let write = |to: &str, keep: fn(&str) -> bool| {
+                    let text: String = sections.iter().map(|section| section.text(keep)).collect();
+                    fs::write(self.work.join(to).join(name), text).context("writing a .repo file")
+                };
+                write(REPOS, |_| true)?;
+                write(REPOS_OFFLINE, |key| !repo_file::is_for_network(key))?;
+                known.extend(sections);
             }
         }
+        self.check_repositories(&known)?;
+        Ok(known)
+    }
+
+    /// A package that is to come from one repository is not there in the others.
+    fn leave_to_others(&self, section: &mut Section) {
+        for entry in self.flattened.treefile.repo_packages.iter().flatten() {
+            if entry.repo != section.id {
+                section.exclude(&entry.packages.iter().map(String::as_str).collect::<Vec<_>>().join(","));
+            }
+        }
+    }
+
+    /// Rejects repositories that are not there or cannot be used.
+    fn check_repositories(&self, known: &[Section]) -> Result<()> {
         let treefile = &self.flattened.treefile;
         let of_packages = treefile.repo_packages.iter().flatten().map(|entry| &entry.repo);
-        let of_lockfiles = treefile.lockfile_repos.iter().flatten();
+        let of_lockfiles = treefile.lockfile_repos.as_deref().unwrap_or_default();
         for repo in self.repositories().iter().chain(of_packages.clone()).chain(of_lockfiles) {
-            if !known.contains_key(repo) {
+            if known.iter().all(|section| section.id != *repo) {
                 reject!(
                     "the treefile names the repository {repo:?}, but no .repo file in {} defines it",
-                    dir.display()
+                    self.flattened.external.directory.display()
                 );
             }
         }
@@ -191,26 +225,33 @@ impl<'a> Dnf<'a> {
                 reject!("repo-packages takes packages from {repo:?}, which is not among `repos`: add it there");
             }
         }
-        Ok(known)
-    }
-
-    /// The repositories that a `.repo` file defines, with those of their directories that are local.
-    fn defined(&self, text: &str) -> Vec<(String, Vec<PathBuf>)> {
-        let mut defined: Vec<(String, Vec<PathBuf>)> = Vec::new();
-        for line in text.lines() {
-            if let Some(name) = line.trim().strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-                defined.push((name.to_owned(), Vec::new()));
-            } else if let Some((_, directories)) = defined.last_mut() {
-                // A value may go on in indented lines. Of certificates and their keys it is a path.
-                let path = |text: &str| {
-                    let text = self.expand(text);
-                    let local = text.strip_prefix("file://").or((text.starts_with('/')).then_some(&text));
-                    local.map(PathBuf::from)
-                };
-                directories.extend(line.split(['=', ',', ' ', '\t']).filter_map(path));
+        let used = known.iter().filter(|section| match self.repositories() {
+            [] => section.is_enabled(),
+            named => named.contains(&section.id) || of_lockfiles.contains(&section.id),
+        });
+        for section in used.filter(|_| treefile.releasever.is_none()) {
+            let mut words = section.words();
+            if let Some((key, _)) =
+                words.find(|(_, word)| word.contains("$releasever") || word.contains("${releasever"))
+            {
+                reject!(
+                    "the repository {:?} has $releasever in its {key}, but the treefile has no releasever: add one",
+                    section.id
+                );
             }
         }
-        defined
+        Ok(())
+    }
+
+    /// The files and directories of this machine that repositories name in the options that `keep` takes.
+    fn local(&self, section: &Section, keep: impl Fn(&str) -> bool) -> Vec<PathBuf> {
+        let path = |(_, word): (&str, &str)| {
+            let word = self.expand(word);
+            // Of certificates and their keys it is a path.
+            let path = word.strip_prefix("file://").or(word.starts_with('/').then_some(&word));
+            path.map(PathBuf::from)
+        };
+        section.words().filter(|(key, _)| keep(key)).filter_map(path).collect()
     }
 
     /// Puts in the values of the variables that dnf knows.
@@ -242,8 +283,14 @@ impl<'a> Dnf<'a> {
         // outside of it, whatever it is told: it finds ours in both places.
         let inside = self.root.join(CACHE.trim_start_matches('/'));
         let writable = [(cache.as_path(), Path::new(CACHE)), (cache.as_path(), inside.as_path())];
-        let readable = self.known.values().flatten().chain([&self.work]);
-        let readable: Vec<&Path> = readable.map(PathBuf::as_path).collect();
+        // Without, scriptlets run: they need know of repositories no more than dnf for what is in the cache.
+        let (repos, needed): (_, fn(&str) -> bool) = match network {
+            true => (REPOS, |_| true),
+            false => (REPOS_OFFLINE, |key| ["baseurl", "gpgkey"].contains(&key)),
+        };
+        let mut readable: Vec<PathBuf> = ["dnf.conf", "home", "vars", repos].map(|name| self.work.join(name)).into();
+        readable.extend(self.known.iter().flat_map(|section| self.local(section, needed)));
+        let readable: Vec<&Path> = readable.iter().map(PathBuf::as_path).collect();
         let mut command = Sandbox { writable: &writable, network }.outside(&self.root, &readable)?;
         if !network {
             // They are those of the cache that all composes share, and scriptlets run beside them.
@@ -260,13 +307,15 @@ impl<'a> Dnf<'a> {
         command.arg("--installroot").arg(&self.root);
         // Its log and state stay where it puts them, inside the tree; they are removed there.
         command.arg(format!("--setopt=cachedir={CACHE}"));
-        let treefile = &self.flattened.treefile;
-        if let Some(releasever) = &treefile.releasever {
-            command.arg(format!("--releasever={releasever}"));
-        } else {
-            // Without one, dnf looks for a package that no repository need have.
-            command.arg("--releasever=/");
+        command.arg(format!("--setopt=reposdir={}", self.work.join(repos).display()));
+        if network && !self.refreshed.replace(true) {
+            // What has not changed is not fetched again.
+            command.arg("--refresh");
         }
+        let treefile = &self.flattened.treefile;
+        // Without one, dnf would look for a package that no repository need have; no repository in use has it.
+        let releasever = treefile.releasever.as_ref().map_or("none".to_owned(), ToString::to_string);
+        command.arg(format!("--releasever={releasever}"));
         if !self.repositories().is_empty() {
             command.arg("--disablerepo=*");
             command.args(self.repositories().iter().map(|repo| format!("--enablerepo={repo}")));
@@ -279,12 +328,6 @@ impl<'a> Dnf<'a> {
                     .arg(format!("--enablerepo={repo}"))
                     .arg(format!("--setopt={repo}.includepkgs={}", allowed.join(","))),
             };
-        }
-        // A package that is to come from one repository is not there in the others.
-        for entry in treefile.repo_packages.iter().flatten() {
-            let packages = entry.packages.iter().map(String::as_str).collect::<Vec<_>>().join(",");
-            let others = self.known.keys().filter(|repo| **repo != entry.repo);
-            command.args(others.map(|repo| format!("--setopt={repo}.excludepkgs={packages}")));
         }
         command.env("HOME", self.work.join("home")).env("SOURCE_DATE_EPOCH", self.epoch.to_string());
         // systemd's kernel-install(8) would make an initramfs of its own, and a boot loader's entry
@@ -392,9 +435,9 @@ impl<'a> Dnf<'a> {
                 }
             })
         };
-        for (repository, directories) in &self.known {
-            for directory in directories.iter().filter(|directory| directory.is_dir()) {
-                search(repository, directory)?;
+        for section in &self.known {
+            for directory in self.local(section, |key| key == "baseurl").iter().filter(|path| path.is_dir()) {
+                search(&section.id, directory)?;
             }
         }
         for entry in fs::read_dir(&self.snapshot)? {
@@ -489,7 +532,7 @@ fn find_files(directory: &Path, found: &mut dyn FnMut(&Path)) -> Result<()> {
 
 /// Turns dnf's end into ours: what is wrong, and whether trying again can help.
 fn judge(ended: Ended) -> Result<Ended> {
-    ended.has_space()?;
+    ended.had_what_it_needs("dnf")?;
     if let Some(line) = ended.find(&SCRIPTLET) {
         reject!("a package's scriptlet failed: {line}; what it said is among the last lines:{}", ended.tail());
     }

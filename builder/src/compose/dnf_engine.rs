@@ -14,7 +14,7 @@ use oscontainer_program::exit::Usage;
 use oscontainer_program::moment;
 use oscontainer_program::reject;
 
-use super::commit::{self, Facts, Previous, Session};
+use super::commit::{self, Facts, Previous, Session, Target};
 use super::dnf::Dnf;
 use super::kernel::{self, Kernel};
 use super::lockfile::{self, Lockfile};
@@ -39,6 +39,7 @@ impl Engine for DnfEngine {
     fn plan(&self, job: &Job) -> Result<Option<Plan>> {
         supported(job)?;
         let previous = Previous::find(job.repo, job.ref_name)?;
+        choose_version(job, previous.as_ref(), source_date_epoch()?)?;
         let tree = empty_tree(job)?;
         let mut dnf = Dnf::prepare(job.flattened, &job.work.join("dnf"), job.cache, tree.root(), INSTALL_TIME)?;
         dnf.pin(&Lockfile::read(&job.options.lockfile)?)?;
@@ -58,6 +59,7 @@ impl Engine for DnfEngine {
         let lockfile = Lockfile::read(&job.options.lockfile)?;
         let mut dnf = Dnf::prepare(flattened, &job.work.join("dnf"), job.cache, &root, epoch.unwrap_or(INSTALL_TIME))?;
         let previous = Previous::find(job.repo, job.ref_name)?;
+        let version = choose_version(job, previous.as_ref(), epoch)?;
         let parent = parent(job)?;
         let files = files_digest(flattened)?;
 
@@ -101,7 +103,6 @@ impl Engine for DnfEngine {
         }
         let newest = packages.iter().map(|package| package.build_time).max().unwrap_or_default();
         let timestamp = epoch.unwrap_or(newest);
-        let version = choose_version(job, previous.as_ref(), epoch)?;
         job.stages.run("customizing the tree", || {
             layout::prepare_for_scripts(&tree)?;
             tree.write("usr/share/rpm-ostree/treefile.json", flattened.to_json().to_string().as_bytes(), 0o644)?;
@@ -114,7 +115,7 @@ impl Engine for DnfEngine {
         job.stages.run("arranging the tree", || {
             // Scripts have run since.
             let volatile = packages::volatile(&packages::database(&tree)?, &dnf.home())?;
-            layout::place_rpmdb(&tree, treefile.rpmdb)?;
+            layout::place_rpmdb(&tree, treefile.rpmdb, &dnf.home())?;
             layout::clean(&tree)?;
             layout::arrange(&tree, treefile, &volatile)?;
             accounts::check(&tree, flattened, previous.as_ref())
@@ -141,8 +142,8 @@ impl Engine for DnfEngine {
             timestamp,
             extra: extra_metadata(flattened, files),
         };
-        let (commit, written) =
-            job.stages.run("committing", || session.commit(job.ref_name, parent.as_deref(), &facts))?;
+        let target = Target { ref_name: job.ref_name, parent: parent.as_deref(), keep: job.options.keep };
+        let (commit, written) = job.stages.run("committing", || session.commit(&target, &facts))?;
         Ok(Made { commit, sizes: sizes(&packages), written })
     }
 }

@@ -2,7 +2,7 @@
 //! bootloader support finds them (libostree, docs/deployment.md), and all else of
 //! /boot in /usr/lib/ostree-boot (rpm-ostree, src/libpriv/rpmostree-postprocess.cxx).
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -53,11 +53,12 @@ pub fn place(tree: &Tree) -> Result<Option<Kernel>> {
     let mut depmod = Sandbox { writable: &[], network: false }.inside(tree.root());
     depmod.args(["depmod", "--all", version]);
     let ended = process::run("depmod", &mut depmod)?;
-    ended.was_not_killed("depmod")?;
+    ended.had_what_it_needs("depmod")?;
     if ended.find(&["execvp depmod"]).is_some() {
         reject!("the tree has a kernel but no depmod: add the package kmod");
     }
     ended.success("depmod")?;
+    relocate_hmac(tree, &dir)?;
     keep_boot(tree, version)?;
     Ok(Some(kernel))
 }
@@ -83,8 +84,7 @@ pub fn make_initramfs(tree: &Tree, treefile: &Treefile, kernel: &Kernel, work: &
     dracut.args(treefile.initramfs_args.iter().flatten());
     dracut.args(["--kver", &kernel.version, &format!("{OUTPUT}/{INITRAMFS}")]);
     let ended = process::run("dracut", &mut dracut)?;
-    ended.has_space()?;
-    ended.was_not_killed("dracut")?;
+    ended.had_what_it_needs("dracut")?;
     if !ended.status.success() {
         reject!("dracut ended with {}; its last lines:{}", ended.status, ended.tail());
     }
@@ -116,20 +116,30 @@ pub fn finish(tree: &Tree, treefile: &Treefile, kernel: &Kernel, initramfs: Opti
     Ok(())
 }
 
+/// The kernel's checksum for FIPS names the kernel; where it does so with the directory that it had in its package,
+/// leaves the name (rpm-ostree, rust/src/composepost.rs, `verify_kernel_hmac`).
+fn relocate_hmac(tree: &Tree, dir: &str) -> Result<()> {
+    let path = format!("{dir}/.vmlinuz.hmac");
+    let Some(text) = tree.read(&path)? else { return Ok(()) };
+    let Some((_, name)) = text.rsplit_once('/') else { return Ok(()) };
+    let Some((checksum, _)) = text.split_once("  ") else { reject!("/{path} of the tree is no checksum and name") };
+    tree.rewrite(&path, format!("{checksum}  {name}").as_bytes())
+}
+
 /// Moves what packages have in /boot to its place in /usr; /boot stays as a mount point.
 fn keep_boot(tree: &Tree, version: &str) -> Result<()> {
     for ours in [format!("vmlinuz-{version}"), format!("initramfs-{version}.img"), format!("initrd.img-{version}")] {
         tree.remove(&format!("boot/{ours}"))?;
     }
-    // Where kernel-install(8) put a boot loader's entries after all, they and its directory have a name
-    // that is another one each time.
+    // A boot loader's entries are made where the tree is deployed; kernel-install(8) may have put some there, and
+    // more under a name that is another one each time.
+    tree.remove("boot/loader")?;
     if let Some(id) = tree.read("etc/machine-id")?
         && let id = id.trim()
         && id.len() == 32
         && id.bytes().all(|byte| byte.is_ascii_hexdigit())
     {
         tree.remove(&format!("boot/{id}"))?;
-        tree.remove(&format!("boot/loader/entries/{id}-{version}.conf"))?;
         tree.remove(&format!("boot/vmlinuz-0-rescue-{id}"))?;
         tree.remove(&format!("boot/initramfs-0-rescue-{id}.img"))?;
     }
@@ -155,7 +165,7 @@ fn link_as_before(tree: &Tree, dir: &str, version: &str, names: &[&str]) -> Resu
     let mut places = Vec::new();
     for name in names {
         let place = tree.find(&format!("{dir}/{name}"))?.with_context(|| format!("finding the tree's {name}"))?;
-        let file = File::open(&place).with_context(|| format!("opening {}", place.display()))?;
+        let file = tree.open_file(&format!("{dir}/{name}"))?.with_context(|| format!("finding the tree's {name}"))?;
         hasher.update_from(file).with_context(|| format!("reading {}", place.display()))?;
         places.push(place);
     }

@@ -4,9 +4,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::iter::Peekable;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::Command;
+use std::str::Chars;
 
 use anyhow::{Context, Result};
 use oscontainer_program::reject;
@@ -60,14 +61,17 @@ d /var/usrlocal/share 0755 root root - -
 d /var/usrlocal/src 0755 root root - -
 ";
 /// What dnf, rpm and ldconfig leave, and no image needs or can have reproducible.
-const LEFTOVERS: [&str; 21] = [
+const LEFTOVERS: [&str; 24] = [
+    "etc/.updated",
     "etc/dnf/modules.d",
     "etc/machine-id",
     "usr/lib/sysimage/libdnf5",
+    "var/.updated",
     "var/cache/dnf",
     "var/cache/ldconfig",
     "var/cache/libdnf5",
     "var/cache/yum",
+    "var/lib/dbus/machine-id",
     "var/lib/dnf",
     // A seed that all nodes share is none.
     "var/lib/plymouth/boot-duration",
@@ -84,6 +88,8 @@ const LEFTOVERS: [&str; 21] = [
     "var/log/wtmp",
     "var/log/faillog",
 ];
+/// Caches that scriptlets fill; the directories are packages'.
+const CACHES: [&str; 2] = ["var/cache/fontconfig", "var/cache/man"];
 /// Where regular files of /var go; systemd-tmpfiles copies them at boot.
 const FACTORY: &str = "usr/share/factory";
 /// Where content of /opt goes: it is updated with the rest of /usr.
@@ -102,6 +108,11 @@ pub fn clean(tree: &Tree) -> Result<()> {
     for path in LEFTOVERS {
         tree.remove(path)?;
     }
+    for cache in CACHES {
+        for name in names(tree, cache)? {
+            tree.remove(&format!("{cache}/{name}"))?;
+        }
+    }
     for dir in ["dev", "proc", "sys", "run", "tmp"] {
         tree.remove(dir)?;
         tree.directory(dir)?;
@@ -117,12 +128,13 @@ pub fn clean(tree: &Tree) -> Result<()> {
 pub fn arrange(tree: &Tree, treefile: &Treefile, volatile: &[Volatile]) -> Result<()> {
     let accounts = Accounts::read(tree)?;
     super::accounts::split(tree, treefile.etc_group_members.as_deref().unwrap_or_default())?;
+    // The policy's tools make the labels of home directories of it.
+    new_homes(tree)?;
     let stay: &[&str] = if treefile.opt_usrlocal == Some(OptUsrLocal::Root) { &["opt", "usr/local"] } else { &[] };
     let mut links = move_to_usr(tree, stay.is_empty())?;
     if treefile.selinux.unwrap_or(true) {
         place_policy(tree)?;
     }
-    new_homes(tree)?;
     remount(tree)?;
     for (link, target) in LINKS.into_iter().filter(|(link, _)| !stay.contains(link)) {
         replace_directory(tree, link, target)?;
@@ -230,7 +242,8 @@ fn move_to_usr(tree: &Tree, opt: bool) -> Result<Vec<String>> {
                 "packages have both /opt/{name} and /var/opt/{name}, which are one place in an OSTree-based system"
             );
         }
-        links.push(format!("L /var/opt/{} - - - - ../../{OPT}/{}", escape(name)?, name.replace('%', "%%")));
+        let name = escape(name);
+        links.push(format!("L /var/opt/{name} - - - - ../../{OPT}/{name}"));
     }
     if !packaged.is_empty() {
         tracing::info!("what packages have in /opt is in /{OPT}, with links to it");
@@ -272,7 +285,7 @@ fn place_policy(tree: &Tree) -> Result<()> {
         for arguments in [["-n", "-B"], ["-n", "--refresh"]] {
             let mut semodule = Sandbox { writable: &[], network: false }.inside(tree.root());
             let ended = process::run("semodule", semodule.arg("semodule").args(arguments))?;
-            ended.was_not_killed("semodule")?;
+            ended.had_what_it_needs("semodule")?;
             if !ended.status.success() {
                 reject!("semodule ended with {}; its last lines:{}", ended.status, ended.tail());
             }
@@ -336,10 +349,9 @@ fn tmpfiles(tree: &Tree) -> Result<BTreeSet<String>> {
     for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
         if name.ends_with(".conf")
-            && let Some(file) = tree.find(&format!("usr/lib/tmpfiles.d/{name}"))?
+            && let Some(text) = tree.read_bytes(&format!("usr/lib/tmpfiles.d/{name}"))?
         {
-            let bytes = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
-            paths.extend(String::from_utf8_lossy(&bytes).lines().filter_map(made_by));
+            paths.extend(String::from_utf8_lossy(&text).lines().filter_map(made_by));
         }
     }
     Ok(paths)
@@ -347,30 +359,64 @@ fn tmpfiles(tree: &Tree) -> Result<BTreeSet<String>> {
 
 /// The path that a line of tmpfiles.d(5) makes, where it makes one.
 fn made_by(line: &str) -> Option<String> {
-    let mut fields = line.split_whitespace();
-    let kind = fields.next()?;
+    let mut rest = line.chars().peekable();
+    let kind = word(&mut rest)?;
     let makes = kind.starts_with(['d', 'D', 'v', 'q', 'Q', 'f', 'F', 'C', 'L', 'p', 'c', 'b']);
-    makes.then(|| fields.next()).flatten().map(|path| path.trim_end_matches('/').to_owned())
+    makes.then(|| word(&mut rest)).flatten().map(|path| path.trim_end_matches('/').to_owned())
+}
+
+/// The next word of a line, which may be quoted and have escapes as in C (systemd, src/basic/extract-word.c).
+fn word(rest: &mut Peekable<Chars>) -> Option<String> {
+    while rest.next_if(|next| next.is_ascii_whitespace()).is_some() {}
+    rest.peek()?;
+    let (mut word, mut quote) = (Vec::new(), None);
+    while let Some(next) = rest.next() {
+        match (next, quote) {
+            ('\\', _) => word.extend(escaped(rest)?),
+            (next, Some(open)) if next == open => quote = None,
+            ('"' | '\'', None) => quote = Some(next),
+            (next, None) if next.is_ascii_whitespace() => break,
+            (next, _) => word.extend(next.encode_utf8(&mut [0; 4]).bytes()),
+        }
+    }
+    String::from_utf8(word).ok()
+}
+
+/// What an escape stands for, without its backslash.
+fn escaped(rest: &mut Peekable<Chars>) -> Option<Vec<u8>> {
+    Some(match rest.next()? {
+        'x' => {
+            let mut digit = || rest.next()?.to_digit(16);
+            vec![u8::try_from(digit()? * 16 + digit()?).ok()?]
+        }
+        's' => vec![b' '],
+        't' => vec![b'\t'],
+        'n' => vec![b'\n'],
+        other => other.to_string().into_bytes(),
+    })
 }
 
 /// The line of tmpfiles.d(5) that makes what a package has below /run.
 fn describe_volatile(entry: &Volatile) -> Result<String> {
     let Volatile { path, mode, owner: (user, group), target } = entry;
-    let (escaped, permissions) = (escape(path)?, mode & 0o7777);
+    let (escaped, permissions) = (escape(path), mode & 0o7777);
     Ok(match FileType::from_raw_mode(*mode) {
         FileType::Directory => format!("d {escaped} {permissions:04o} {user} {group} - -"),
-        FileType::Symlink => format!("L {escaped} - - - - {}", target.replace('%', "%%")),
+        FileType::Symlink => format!("L {escaped} - - - - {}", escape(target)),
         _ => reject!("a package has the file {path}, which would be gone after a boot"),
     })
 }
 
-/// A path as tmpfiles.d(5) takes it.
-fn escape(path: &str) -> Result<String> {
-    if path.contains(char::is_whitespace) {
-        reject!("{path:?} of the tree has white space in its name, which tmpfiles.d cannot express here");
-    }
-    // It would begin a specifier.
-    Ok(path.replace('%', "%%"))
+/// A path as tmpfiles.d(5) takes it, also as an argument.
+fn escape(path: &str) -> String {
+    let escape = |next: char| match next {
+        // It would begin a specifier.
+        '%' => "%%".to_owned(),
+        '\\' | '"' | '\'' | ' ' => format!("\\x{:02x}", u32::from(next)),
+        next if next.is_ascii_control() => format!("\\x{:02x}", u32::from(next)),
+        next => next.to_string(),
+    };
+    path.chars().map(escape).collect()
 }
 
 /// Adds the lines of tmpfiles.d(5) that make what is below `dir`.
@@ -381,7 +427,7 @@ fn describe(dir: &Path, path: &str, tree: &Tree, accounts: &Accounts, lines: &mu
             reject!("{path} of the tree holds a name that is not UTF-8");
         };
         let path = format!("{path}/{name}");
-        let escaped = escape(&path)?;
+        let escaped = escape(&path);
         let meta = entry.path().symlink_metadata()?;
         let owner = format!("{} {}", accounts.user(meta.uid()), accounts.group(meta.gid()));
         let mode = meta.mode() & 0o7777;
@@ -390,7 +436,8 @@ fn describe(dir: &Path, path: &str, tree: &Tree, accounts: &Accounts, lines: &mu
             describe(&entry.path(), &path, tree, accounts, lines)?;
         } else if meta.is_symlink() {
             let target = fs::read_link(entry.path())?;
-            lines.push(format!("L {escaped} - - - - {}", target.display().to_string().replace('%', "%%")));
+            let Some(target) = target.to_str() else { reject!("the link {path} of the tree is not UTF-8") };
+            lines.push(format!("L {escaped} - - - - {}", escape(target)));
         } else if meta.is_file() {
             let factory = format!("{FACTORY}{path}");
             tracing::info!("{path} is a regular file: it moves to /{factory} and is copied back at boot");
@@ -404,11 +451,18 @@ fn describe(dir: &Path, path: &str, tree: &Tree, accounts: &Accounts, lines: &mu
 }
 
 /// Says in the tree where its rpm database is, and lets /usr/etc be /etc until [`arrange`] makes it so: then
-/// scripts that work on the tree find both.
+/// scripts that work on the tree find both. Host keys of ssh that scriptlets made go; what the treefile brings later
+/// stays.
 ///
 /// # Errors
 /// When it cannot be written.
 pub fn prepare_for_scripts(tree: &Tree) -> Result<()> {
+    for name in names(tree, "etc/ssh")? {
+        if name.starts_with("ssh_host_") && (name.ends_with("_key") || name.ends_with("_key.pub")) {
+            tracing::warn!("/etc/ssh/{name} is removed: each node makes a key of its own, which is no other's");
+            tree.remove(&format!("etc/ssh/{name}"))?;
+        }
+    }
     tree.write("usr/lib/rpm/macros.d/macros.rpm-ostree", b"%_dbpath /usr/share/rpm\n", 0o644)?;
     if tree.entry("usr/lib/sysimage/rpm")?.is_some() {
         tree.remove("usr/lib/sysimage/rpm")?;
@@ -424,11 +478,11 @@ pub fn prepare_for_scripts(tree: &Tree) -> Result<()> {
 ///
 /// # Errors
 /// Rejected when the tree's own rpm could not read it; when sqlite3 is missing or fails.
-pub fn place_rpmdb(tree: &Tree, backend: Option<RpmdbBackend>) -> Result<()> {
+pub fn place_rpmdb(tree: &Tree, backend: Option<RpmdbBackend>, home: &Path) -> Result<()> {
     let dir = packages::database(tree)?;
     let database = dir.join("rpmdb.sqlite");
     if database.exists() {
-        let mut command = Command::new("sqlite3");
+        let mut command = packages::program("sqlite3", &dir, home);
         // What was removed, such as keys, is still in free pages without VACUUM.
         command.arg(&database).arg("PRAGMA journal_mode=DELETE; VACUUM;");
         process::output("sqlite3", &mut command)?;
@@ -441,7 +495,7 @@ pub fn place_rpmdb(tree: &Tree, backend: Option<RpmdbBackend>) -> Result<()> {
             );
         }
     }
-    for leftover in [".rpm.lock", "pubkeys", "rpmdb.sqlite-shm", "rpmdb.sqlite-wal"] {
+    for leftover in [".rpm.lock", "rpmdb.sqlite-shm", "rpmdb.sqlite-wal"] {
         tree.remove(&format!("{RPMDB}/{leftover}"))?;
     }
     let base = tree.directory(BASE_RPMDB)?;

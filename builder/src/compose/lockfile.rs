@@ -121,6 +121,9 @@ impl Lockfile {
         for path in files {
             let text = match fs::read_to_string(path) {
                 Err(error) if error.kind() == ErrorKind::NotFound => reject!("there is no lockfile {}", path.display()),
+                Err(error) if [ErrorKind::IsADirectory, ErrorKind::InvalidData].contains(&error.kind()) => {
+                    reject!("{} is no lockfile: {error}", path.display())
+                }
                 text => text.with_context(|| format!("reading the lockfile {}", path.display()))?,
             };
             let yaml = path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");

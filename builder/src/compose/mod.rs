@@ -14,6 +14,7 @@ mod objects;
 mod packages;
 mod plan;
 pub mod process;
+mod repo_file;
 mod report;
 mod repositories;
 mod rpm_ostree;
@@ -88,6 +89,9 @@ pub struct ComposeOptions {
     /// Print what would be installed and what changed since the ref's commit, and compose nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Whether the commit that the ref names now stays, by a ref of its own: `run` wants it.
+    #[arg(skip)]
+    pub keep: bool,
 }
 
 /// The engines by name.
@@ -212,8 +216,9 @@ pub fn compose(treefile: &Path, repo: &Path, options: &ComposeOptions) -> Result
     if let Some(file) = &options.write_commitid_to {
         staging::write(file, made.commit.as_bytes())?;
     }
-    let commit = Previous::find(repo, &ref_name)?.filter(|commit| commit.commit == made.commit);
-    let commit = commit.with_context(|| format!("{ref_name} no longer names commit {}", made.commit))?;
+    // By its own name: another compose may have set the ref since.
+    let commit = Previous::find(repo, &made.commit)?;
+    let commit = commit.with_context(|| format!("{} has no commit {} any more", repo.display(), made.commit))?;
     let version = commit.metadata_string("version")?;
     let before = previous.as_ref().map(Previous::packages).transpose()?.unwrap_or_default();
     let now = report::versions(commit.packages()?);
@@ -254,7 +259,10 @@ pub fn ref_name(treefile: &Path) -> Result<String> {
 
 fn ref_of(treefile: &Path, flattened: &Flattened) -> Result<String> {
     match &flattened.treefile.treeref {
-        Some(ref_name) => Ok(ref_name.clone()),
+        Some(ref_name) => match ostree::validate_rev(ref_name) {
+            Ok(()) => Ok(ref_name.clone()),
+            Err(_) => reject!("{}: {ref_name:?} is no name of a ref", flattened.origins.of("ref")),
+        },
         None => reject!("{} has no ref: add `ref: NAME`", treefile.display()),
     }
 }

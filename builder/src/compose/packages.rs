@@ -9,6 +9,7 @@ use oscontainer_artifact::object;
 use oscontainer_program::reject;
 
 use super::process;
+use super::sandbox::Sandbox;
 use super::tree::Tree;
 
 /// One installed package.
@@ -31,10 +32,15 @@ const QUERY: &str = "%{NAME}\t%{EPOCHNUM}\t%{VERSION}\t%{RELEASE}\t%{ARCH}\t%{BU
 /// The rpm database's place in an OSTree-based system.
 pub const RPMDB: &str = "usr/share/rpm";
 
+/// What may lie there: the files of rpm's formats sqlite and ndb. A journal of another name could make sqlite3 remove
+/// files elsewhere (sqlite.org/fileformat.html, section 4.1: super-journals).
+const DATABASE: [&str; 6] =
+    [".rpm.lock", "Index.db", "Packages.db", "rpmdb.sqlite", "rpmdb.sqlite-shm", "rpmdb.sqlite-wal"];
+
 /// Where the tree's rpm database lies on the host, whose programs read and change it.
 ///
 /// # Errors
-/// Rejected when there is none, or when a scriptlet has put something else there than files, such
+/// Rejected when there is none, or when a scriptlet has put something else there than its files, such
 /// as a link that would lead out of the tree.
 pub fn database(tree: &Tree) -> Result<PathBuf> {
     let Some(dir) = tree.find(RPMDB)?.filter(|dir| dir.is_dir()) else {
@@ -42,11 +48,27 @@ pub fn database(tree: &Tree) -> Result<PathBuf> {
     };
     for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
         let entry = entry?;
-        if !entry.file_type()?.is_file() {
-            reject!("/{RPMDB}/{} in the tree is not a regular file", entry.file_name().display());
+        let name = entry.file_name();
+        if !entry.file_type()?.is_file() || DATABASE.iter().all(|known| name != *known) {
+            reject!("/{RPMDB}/{} in the tree is no file of an rpm database", name.display());
         }
     }
     Ok(dir)
+}
+
+/// A program of the host's that reads or changes the database `dbpath`, which scriptlets wrote: it can write nothing
+/// else.
+pub fn program(name: &str, dbpath: &Path, home: &Path) -> Command {
+    let mut command = Sandbox { writable: &[], network: false }.beside(dbpath, &[home]);
+    // Scratch files belong on the disk.
+    command.env("HOME", home).env("SQLITE_TMPDIR", dbpath).arg(name);
+    command
+}
+
+fn rpm(dbpath: &Path, home: &Path) -> Command {
+    let mut command = program("rpm", dbpath, home);
+    command.arg("--dbpath").arg(dbpath);
+    command
 }
 
 /// The packages in the database `dbpath` (a host path), sorted.
@@ -54,9 +76,7 @@ pub fn database(tree: &Tree) -> Result<PathBuf> {
 /// # Errors
 /// When rpm cannot read the database.
 pub fn installed(dbpath: &Path, home: &Path) -> Result<Vec<Package>> {
-    let mut command = Command::new("rpm");
-    command.env("HOME", home).arg("--dbpath").arg(dbpath).args(["--query", "--all", "--queryformat", QUERY]);
-    query(&mut command)
+    query(rpm(dbpath, home).args(["--query", "--all", "--queryformat", QUERY]))
 }
 
 /// Removes the public keys that dnf keeps in the database `dbpath` as if they were packages.
@@ -65,18 +85,13 @@ pub fn installed(dbpath: &Path, home: &Path) -> Result<Vec<Package>> {
 /// When rpm cannot change the database.
 pub fn forget_keys(dbpath: &Path, home: &Path) -> Result<()> {
     const KEYS: &str = "gpg-pubkey";
-    let rpm = || {
-        let mut command = Command::new("rpm");
-        command.env("HOME", home).arg("--dbpath").arg(dbpath);
-        command
-    };
-    let listed = process::output("rpm", rpm().args(["--query", "--all", KEYS]))?;
+    let listed = process::output("rpm", rpm(dbpath, home).args(["--query", "--all", KEYS]))?;
     if listed.is_empty() {
         return Ok(());
     }
     process::output(
         "rpm",
-        rpm().args(["--erase", "--justdb", "--nodeps", "--noscripts", "--notriggers"]).args(listed.lines()),
+        rpm(dbpath, home).args(["--erase", "--justdb", "--nodeps", "--noscripts", "--notriggers"]).args(listed.lines()),
     )
     .map(drop)
 }
@@ -103,10 +118,8 @@ fn query(command: &mut Command) -> Result<Vec<Package>> {
 /// # Errors
 /// When rpm cannot read the database.
 pub fn files(dbpath: &Path, home: &Path) -> Result<Vec<(String, String)>> {
-    let mut command = Command::new("rpm");
-    command.env("HOME", home).arg("--dbpath").arg(dbpath);
-    command.args(["--query", "--all", "--queryformat", "[%{=NAME}\t%{FILENAMES}\n]"]);
-    let text = process::output("rpm", &mut command)?;
+    let format = "[%{=NAME}\t%{FILENAMES}\n]";
+    let text = process::output("rpm", rpm(dbpath, home).args(["--query", "--all", "--queryformat", format]))?;
     let pairs = text.lines().filter_map(|line| line.split_once('\t'));
     Ok(pairs.map(|(name, path)| (name.to_owned(), path.to_owned())).collect())
 }
@@ -130,10 +143,8 @@ pub struct Volatile {
 /// When rpm cannot read the database.
 pub fn volatile(dbpath: &Path, home: &Path) -> Result<Vec<Volatile>> {
     const GHOST: u32 = 1 << 6; // RPMFILE_GHOST (rpm, lib/rpmfiles.h)
-    let mut command = Command::new("rpm");
-    command.env("HOME", home).arg("--dbpath").arg(dbpath);
     let format = "[%{FILEMODES}\t%{FILEFLAGS}\t%{FILEUSERNAME}\t%{FILEGROUPNAME}\t%{FILELINKTOS}\t%{FILENAMES}\n]";
-    let text = process::output("rpm", command.args(["--query", "--all", "--queryformat", format]))?;
+    let text = process::output("rpm", rpm(dbpath, home).args(["--query", "--all", "--queryformat", format]))?;
     let mut found = Vec::new();
     for line in text.lines() {
         let Some((rest, path)) = line.rsplit_once('\t') else { continue };

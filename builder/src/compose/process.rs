@@ -39,23 +39,15 @@ impl Ended {
         self.lines.iter().map(String::as_str).find(|line| texts.iter().any(|text| line.contains(text)))
     }
 
-    /// Requires that no disk was full, which is nobody's mistake and may pass.
+    /// Requires that no disk was full and nobody killed the program (the kernel does, where memory is short): that
+    /// is no fault of the input, and may pass.
     ///
     /// # Errors
     /// As said.
-    pub fn has_space(&self) -> Result<()> {
-        match self.find(&["No space left on device"]).filter(|_| !self.status.success()) {
-            Some(line) => anyhow::bail!("a disk is full: {}; the last lines:{}", line.trim(), self.tail()),
-            None => Ok(()),
+    pub fn had_what_it_needs(&self, what: &str) -> Result<()> {
+        if let Some(line) = self.find(&["No space left on device"]).filter(|_| !self.status.success()) {
+            anyhow::bail!("a disk is full: {}; the last lines:{}", line.trim(), self.tail());
         }
-    }
-
-    /// Requires that nobody killed the program, which is no fault of the input: the kernel does, where
-    /// memory is short.
-    ///
-    /// # Errors
-    /// As said.
-    pub fn was_not_killed(&self, what: &str) -> Result<()> {
         // Shells, and bubblewrap, say so of what they ran.
         const KILLED: i32 = 128 + SIGKILL;
         match (self.status.signal(), self.status.code()) {

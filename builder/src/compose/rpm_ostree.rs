@@ -53,6 +53,9 @@ impl Engine for RpmOstree {
             // With --write-commitid-to, rpm-ostree leaves the ref to its caller.
             Ok(id) => {
                 let id: Checksum = id.trim().parse().context("reading the commit that rpm-ostree wrote")?;
+                if job.options.keep {
+                    commit::keep(&repo, job.ref_name, &id.to_string())?;
+                }
                 commit::set_ref(&repo, transaction, job.ref_name, &id.to_string())?;
                 id.to_string()
             }
@@ -98,7 +101,7 @@ fn compose_tree(job: &Job, repo: &Path, more: &[&str]) -> Result<Ended> {
         command.arg("--force-nocache");
     }
     let ended = process::run("rpm-ostree", command.args(more).arg(job.treefile))?;
-    ended.was_not_killed("rpm-ostree")?;
+    ended.had_what_it_needs("rpm-ostree")?;
     if !ended.status.success() {
         if ended.find(&RETRY).is_some() {
             anyhow::bail!("rpm-ostree ended with {}; its last lines:{}", ended.status, ended.tail());

@@ -24,32 +24,33 @@ const CAPABILITIES: [&str; 10] = [
 ];
 /// Where programs and libraries lie besides /usr, on systems where these are no links into it.
 const PROGRAMS: [&str; 6] = ["bin", "lib", "lib32", "lib64", "libx32", "sbin"];
-/// What dnf, rpm and their libraries read of the host's /etc: no secrets.
-const ETC: [&str; 24] = [
+/// What dnf, rpm and their libraries read of the host's /etc in any case: no secrets.
+const ETC: [&str; 10] = [
     "alternatives",
-    "ca-certificates",
     "crypto-policies",
-    "dnf",
-    "gai.conf",
-    "gnutls",
     "group",
-    "host.conf",
-    "hosts",
     "ld.so.cache",
     "ld.so.conf",
     "ld.so.conf.d",
     "localtime",
     "nsswitch.conf",
-    "os-release",
     "passwd",
+    "rpm",
+];
+/// What they read besides where they have the network: keys of certificates may be there.
+const ETC_OF_NETWORK: [&str; 12] = [
+    "ca-certificates",
+    "dnf",
+    "gai.conf",
+    "gnutls",
+    "host.conf",
+    "hosts",
+    "os-release",
     "pki",
     "protocols",
     "resolv.conf",
-    "rpm",
     "services",
     "ssl",
-    "yum",
-    "yum.repos.d",
 ];
 /// systemd-resolved's directory.
 const RESOLVED: &str = "/run/systemd/resolve";
@@ -68,7 +69,8 @@ impl Sandbox<'_> {
     /// A command that sees the host's programs and what they need of its configuration, read-only;
     /// `readable` wherever it is; and `root` writable with /dev and /proc in it, for a program that
     /// enters it by chroot (as rpm does for scriptlets). A chroot keeps no scriptlet of root's from
-    /// what is around it: so nothing else of the host is.
+    /// what is around it: so nothing else of the host is, and nothing secret where there is no network.
+    /// With the network no scriptlet may run.
     ///
     /// # Errors
     /// When the host's root directory cannot be read.
@@ -76,7 +78,8 @@ impl Sandbox<'_> {
         let mut command = self.base();
         environment(&mut command);
         programs(&mut command, Path::new("/"), Path::new("/"))?;
-        for name in ETC {
+        let of_network: &[&str] = if self.network { &ETC_OF_NETWORK } else { &[] };
+        for name in ETC.iter().chain(of_network) {
             let path = Path::new("/etc").join(name);
             command.arg("--ro-bind-try").args([&path, &path]);
         }

@@ -1,15 +1,19 @@
 //! The tree that is being composed. Every path into it is resolved as if the tree
 //! were `/`, so that a symbolic link of a package cannot lead out of it.
 
-use std::fs::{self, Permissions};
-use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
+use std::fs::{self, File, Permissions};
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use oscontainer_program::reject;
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 use rustix::io::Errno;
+
+/// The largest file that is read as text, in bytes: those of account and configuration files are far below.
+const TEXT: u64 = 16 << 20;
 
 /// A directory that will be `/` of the composed system.
 pub struct Tree {
@@ -40,13 +44,17 @@ impl Tree {
     /// # Errors
     /// Other than that nothing is there.
     pub fn find(&self, path: &str) -> Result<Option<PathBuf>> {
+        let Some(fd) = self.resolve(path)? else { return Ok(None) };
+        fs::read_link(by_number(&fd)).map(Some).with_context(|| format!("resolving /{path} in the tree"))
+    }
+
+    /// What `path` leads to, all links followed, without opening it: of a device or a pipe that would do
+    /// something, or wait.
+    fn resolve(&self, path: &str) -> Result<Option<OwnedFd>> {
         let relative = Path::new(path.trim_start_matches('/'));
         let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
         match openat2(&self.fd, relative, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT) {
-            Ok(fd) => {
-                let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-                Ok(Some(fs::read_link(&link).with_context(|| format!("resolving /{path} in the tree"))?))
-            }
+            Ok(fd) => Ok(Some(fd)),
             Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
             Err(error) => Err(error).with_context(|| format!("resolving /{path} in the tree")),
         }
@@ -82,13 +90,59 @@ impl Tree {
         Ok(place.symlink_metadata().is_ok().then_some(place))
     }
 
+    /// The regular file that `path` leads to.
+    fn regular(&self, path: &str) -> Result<Option<OwnedFd>> {
+        let Some(fd) = self.resolve(path)? else { return Ok(None) };
+        let stat = fstat(&fd).with_context(|| format!("looking at /{path} of the tree"))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            reject!("/{path} of the tree is not a regular file");
+        }
+        Ok(Some(fd))
+    }
+
+    /// Opens a file to read it; `None` where there is none. Nothing else of the tree's is to be opened by name:
+    /// scriptlets may have put anything there.
+    ///
+    /// # Errors
+    /// Rejected when it is not a regular file.
+    pub fn open_file(&self, path: &str) -> Result<Option<File>> {
+        let Some(fd) = self.regular(path)? else { return Ok(None) };
+        File::open(by_number(&fd)).map(Some).with_context(|| format!("opening /{path} of the tree"))
+    }
+
     /// The file's text; `None` where there is none.
     ///
     /// # Errors
-    /// When it cannot be read or is not UTF-8.
+    /// Rejected when it is not a regular file of UTF-8, or larger than any text.
     pub fn read(&self, path: &str) -> Result<Option<String>> {
-        let Some(found) = self.find(path)? else { return Ok(None) };
-        fs::read_to_string(&found).map(Some).with_context(|| format!("reading /{path} of the tree"))
+        match self.read_bytes(path)?.map(String::from_utf8).transpose() {
+            Ok(text) => Ok(text),
+            Err(_) => reject!("/{path} of the tree is not UTF-8"),
+        }
+    }
+
+    /// The file's content; `None` where there is none.
+    ///
+    /// # Errors
+    /// Rejected when it is not a regular file, or larger than any text.
+    pub fn read_bytes(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        let Some(file) = self.open_file(path)? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        let read = file.take(TEXT + 1).read_to_end(&mut bytes);
+        read.with_context(|| format!("reading /{path} of the tree"))?;
+        if bytes.len() as u64 > TEXT {
+            reject!("/{path} of the tree has more than {} MiB", TEXT >> 20);
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Gives a regular file that is there other content; owner and mode stay.
+    ///
+    /// # Errors
+    /// When it is not there, or cannot be written.
+    pub fn rewrite(&self, path: &str, bytes: &[u8]) -> Result<()> {
+        let fd = self.regular(path)?.with_context(|| format!("finding /{path} of the tree"))?;
+        fs::write(by_number(&fd), bytes).with_context(|| format!("writing /{path} of the tree"))
     }
 
     /// Writes a regular file with `mode`, in the place of what is there.
@@ -146,4 +200,9 @@ impl Tree {
         self.remove(to)?;
         fs::rename(source, self.place(to)?).with_context(|| format!("moving /{from} of the tree to /{to}"))
     }
+}
+
+/// The path by which the kernel knows what is open (proc(5)).
+fn by_number(fd: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }

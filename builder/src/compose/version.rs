@@ -2,23 +2,26 @@
 //! prefix, then a number that counts up from the version of the commit before
 //! (rpm-ostree, rust/src/version.rs and docs/treefile.md).
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use oscontainer_program::reject;
 use ostree::glib::DateTime;
 
 /// The version after `last`. `<date:FORMAT>` in the prefix becomes the date of
 /// `now` (seconds since 1970, UTC) in strftime's format.
 ///
 /// # Errors
-/// When the date's format is not closed or unknown.
+/// Rejected when the date's format is not closed or unknown.
 pub fn next(prefix: &str, suffix: Option<&str>, last: Option<&str>, now: i64) -> Result<String> {
     let (prefix, dated) = match prefix.split_once("<date:") {
         None => (prefix.to_owned(), false),
         Some((before, rest)) => {
-            let (format, after) = rest
-                .split_once('>')
-                .with_context(|| format!("automatic-version-prefix {prefix:?}: <date: is not closed"))?;
-            let date = DateTime::from_unix_utc(now).and_then(|time| time.format(format));
-            let date = date.with_context(|| format!("automatic-version-prefix {prefix:?}: formatting the date"))?;
+            let Some((format, after)) = rest.split_once('>') else {
+                reject!("automatic-version-prefix {prefix:?}: <date: is not closed");
+            };
+            let date = match DateTime::from_unix_utc(now).and_then(|time| time.format(format)) {
+                Ok(date) => date,
+                Err(error) => reject!("automatic-version-prefix {prefix:?}: formatting the date: {error}"),
+            };
             (format!("{before}{date}{after}"), true)
         }
     };

@@ -248,10 +248,7 @@ pub fn make(variant: Variant, output: &Path, cache: &Path) -> Result<()> {
 /// When it cannot be written.
 pub fn write_repo_file(file: &Path, name: &str, repository: &Path) -> Result<()> {
     let baseurl = fs::canonicalize(repository).with_context(|| format!("finding {}", repository.display()))?;
-    let text = format!(
-        "[{name}]\nname={name}\nbaseurl=file://{}\ngpgcheck=0\nenabled=1\nmetadata_expire=0\n",
-        baseurl.display()
-    );
+    let text = format!("[{name}]\nname={name}\nbaseurl=file://{}\ngpgcheck=0\nenabled=1\n", baseurl.display());
     fs::write(file, text).with_context(|| format!("writing {}", file.display()))
 }
 
