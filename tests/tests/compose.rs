@@ -354,12 +354,42 @@ fn bad_input_is_one_error_and_no_ref() {
             "repos: [demo]\npackages: [filesystem, setup, bash, coreutils]\npostprocess: ['exit 9']\n",
             "postprocess script 1",
         ),
+        // What a script leaves is read with care.
+        (
+            "repos: [demo]\npackages: [filesystem, setup, bash, coreutils]\n\
+             postprocess: ['mkfifo /usr/lib/tmpfiles.d/x.conf']\n",
+            "/usr/lib/tmpfiles.d/x.conf of the tree is not a regular file",
+        ),
+        (
+            "repos: [demo]\npackages: [filesystem, setup, bash, coreutils]\n\
+             postprocess: ['printf \"root:x:0:0:\\\\351:/root:/bin/sh\" > /etc/passwd']\n",
+            "/etc/passwd of the tree is not UTF-8",
+        ),
+        (
+            "repos: [demo]\npackages: [filesystem, setup, bash, coreutils]\n\
+             postprocess: ['touch /usr/share/rpm/rpmdb.sqlite-journal']\n",
+            "rpmdb.sqlite-journal in the tree is no file of an rpm database",
+        ),
         ("repos: [demo]\npackages: [filesystem, setup]\nunits: [none.service]\n", "none.service"),
+        ("repos: [demo]\npackages: [filesystem]\nautomatic-version-prefix: '1.<date:%Y'\n", "<date: is not closed"),
         ("repos: [demo]\npackages: [filesystem]\nostree-layers: [other]\n", "ostree-layers"),
     ];
     for (text, reason) in cases {
         fails(&mut compose(dir.path(), &small(dir.path(), text)), 3, reason);
     }
+    let full = "postprocess: ['echo No space left on device; exit 1']\n";
+    let treefile = small(dir.path(), &format!("repos: [demo]\npackages: [filesystem, setup, bash, coreutils]\n{full}"));
+    fails(&mut compose(dir.path(), &treefile), 1, "a disk is full");
+    let replaced = |text: &str, from: &str, to: &str| {
+        let treefile = small(dir.path(), text);
+        fs::write(&treefile, fs::read_to_string(&treefile).unwrap().replace(from, to)).unwrap();
+        treefile
+    };
+    let treefile = replaced("repos: [demo]\npackages: [filesystem]\n", "test/host", "a b");
+    fails(&mut compose(dir.path(), &treefile), 3, "host.yaml:1: \"a b\" is no name of a ref");
+    let treefile = replaced("repos: [far]\npackages: [filesystem]\n", "releasever: \"1\"\n", "");
+    fs::write(dir.path().join("far.repo"), "[far]\nname=far\nbaseurl=http://127.0.0.1:9/$releasever\n").unwrap();
+    fails(&mut compose(dir.path(), &treefile), 3, "\"far\" has $releasever in its baseurl");
     let treefile = small(dir.path(), "repos: [far]\npackages: [filesystem]\n");
     fs::write(dir.path().join("far.repo"), "[far]\nname=far\nbaseurl=http://127.0.0.1:9/\ngpgcheck=0\nretries=1\n")
         .unwrap();
@@ -459,6 +489,8 @@ fn an_archive_repository_gets_the_objects_that_libostree_writes() {
 fn what_did_not_change_is_not_composed_again() {
     let dir = tempfile::tempdir().unwrap();
     let treefile = small(dir.path(), "repos: [demo]\npackages: [filesystem, setup]\nautomatic-version-prefix: '4'\n");
+    // No repository asks for a release.
+    fs::write(&treefile, fs::read_to_string(&treefile).unwrap().replace("releasever: \"1\"\n", "")).unwrap();
     let composed = |options: &[&str]| {
         let result = ok(compose(dir.path(), &treefile).args(options)).json();
         (result["commit"].as_str().unwrap().to_owned(), result["version"].to_string(), result["changed"] == true)

@@ -37,7 +37,7 @@ fn fields_change_the_tree() {
 repo-packages:
 - repo: demo
   packages: [demo-agent]
-packages: [filesystem, setup, bash, coreutils]
+packages: [filesystem, setup, bash, coreutils, sed]
 container: true
 container-cmd: [/usr/bin/bash, -l]
 readonly-executables: true
@@ -55,7 +55,8 @@ postprocess:
     // The repository's path has the variable in it.
     let update = rpms::update_repo();
     let text =
-        format!("[other]\nname=other\nbaseurl=file://{}/$variant\ngpgcheck=0\n", update.parent().unwrap().display());
+        format!("[other]\nname=other\nbaseurl=file://{}/$variant\ngpgcheck=0\n", update.parent().unwrap().display())
+            + "excludepkgs=sed\n[main]\ngpgcheck=1\n";
     fs::write(dir.path().join("other.repo"), text).unwrap();
     fs::write(&treefile, fs::read_to_string(&treefile).unwrap().replace("[demo]", "[demo, other]")).unwrap();
     script(
@@ -74,6 +75,8 @@ postprocess:
     // `other` has a higher release.
     let packages = shown("rpmostree.rpmdb.pkglist");
     assert!(packages.contains("('demo-agent', '0', '1.0', '1', 'noarch')"), "{packages}");
+    let sed = packages.split("('").find(|package| package.starts_with("sed',")).unwrap();
+    assert!(!sed.contains(".1', '"), "of {sed} there is a newer one, which the .repo file excludes");
     assert_eq!(shown("ostree.container-cmd").trim(), "['/usr/bin/bash', '-l']");
     let mode = |path: &str| fs::metadata(checkout.join(path)).unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode("usr/bin/bash"), mode("usr/lib/demo/agent"), mode("usr/etc/profile")), (0o555, 0o555, 0o644));
@@ -124,6 +127,8 @@ fn accounts_keep_their_numbers() {
     fails(&mut compose(dir.path(), &treefile), 3, "user gone (0:0) is gone, but files belong to it");
     ok(&mut compose(dir.path(), &small(dir.path(), &format!("{packages}{data}ignore-removed-users: [gone]\n"))));
     assert!(file(dir.path(), "/usr/lib/passwd").contains("bin:x:2:2:"));
+    // Nobody need change a password that is none; the packages' day is not kept.
+    assert!(file(dir.path(), "/usr/etc/shadow").contains("man:*::0:99999:7:::"));
 
     let half = small(dir.path(), &format!("{packages}check-passwd: {{type: file, filename: passwd}}\n"));
     fails(&mut compose(dir.path(), &half), 3, "must both be of type file or neither");
@@ -254,7 +259,12 @@ fn the_kernel_is_where_old_and_new_systems_look_for_it() {
         let version = ok(&mut linux).stdout.trim().trim_matches('\'').to_owned();
         (list(&format!("/usr/lib/modules/{version}/vmlinuz")), list("/usr/lib/ostree-boot"), list("/boot"), version)
     };
-    let (modules, old, boot, version) = compose_with("");
+    let left = "postprocess:\n- |\n  #!/bin/bash\n  set -e\n  mkdir -p /boot/loader/entries\n  \
+                touch /boot/loader/entries/one.conf\n  \
+                echo '0123  /boot/vmlinuz-1' > \"$(echo /usr/lib/modules/*)/.vmlinuz.hmac\"\n";
+    let (modules, old, boot, version) = compose_with(left);
+    assert_eq!(file(dir.path(), &format!("/usr/lib/modules/{version}/.vmlinuz.hmac")), "0123  vmlinuz-1\n");
+    assert!(!old.contains("loader"), "{old}");
     let checksum = |line: &str| line.split_whitespace().nth(4).unwrap().to_owned();
     let link = old.lines().find(|line| line.contains(&format!("/usr/lib/ostree-boot/vmlinuz-{version}-"))).unwrap();
     assert_eq!(checksum(&modules), checksum(link));
@@ -291,6 +301,7 @@ fn repository_of_everything(dir: &Path) {
         file
     };
     let unit = "[Unit]\nDescription=x\n[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n";
+    let told = "d /run/everything/told 0700 mail mail -\nd '/var/lib/everything/x y' 0755 root root\n";
     let mut files = vec![
         File::regular("/usr/share/doc/everything/readme", 0o644, "read me\n"),
         File::regular("/usr/share/locale/de/LC_MESSAGES/everything.mo", 0o644, "de"),
@@ -301,10 +312,12 @@ fn repository_of_everything(dir: &Path) {
         File::regular("/usr/lib/systemd/system/unwanted.service", 0o644, unit),
         File::regular("/usr/lib/systemd/system-preset/10-everything.preset", 0o644, "enable wanted.*\ndisable *\n"),
         File::regular("/usr/lib/sysusers.d/everything.conf", 0o644, "u everything 777 - /var/lib/everything\n"),
-        File::regular("/usr/lib/tmpfiles.d/everything.conf", 0o644, "d /run/everything/told 0700 mail mail -\n"),
+        File::regular("/usr/lib/tmpfiles.d/everything.conf", 0o644, told),
         File::directory("/var/lib/everything", 0o2750).owned_by("mail", "man"),
         File::regular("/var/lib/everything/data%", 0o640, "content\n").owned_by("mail", "man"),
         File::symlink("/var/lib/everything/link", "data%"),
+        File::regular("/var/lib/everything/a b\"", 0o644, "odd\n"),
+        File::directory("/var/lib/everything/x y", 0o755),
         File::directory("/run/everything", 0o711),
         File::directory("/run/everything/told", 0o700),
         File::symlink("/run/everything/link", "told"),
@@ -329,6 +342,9 @@ fn repository_of_everything(dir: &Path) {
         File::regular("/var/lib/alternatives/tool", 0o644, "auto\n"),
         File::regular("/var/lib/systemd/random-seed", 0o600, "the same for all\n"),
         File::regular("/var/log/wtmp", 0o664, ""),
+        File::regular("/var/lib/dbus/machine-id", 0o644, "0123\n"),
+        File::regular("/var/cache/man/index.db", 0o644, "a cache\n"),
+        File::regular("/etc/ssh/ssh_host_rsa_key", 0o600, "everybody's\n"),
         File::config("/etc/default/useradd", 0o644, "GROUP=100\nHOME=/home\n"),
         File::regular("/usr/lib/systemd/system/ostree-remount.service", 0o644, unit),
     ];
@@ -346,11 +362,6 @@ fn repository_of_everything(dir: &Path) {
         ..package("lost", vec![File::regular("/run/lost", 0o644, "x")])
     };
     lost.write(dir).unwrap();
-    let spaces = Package {
-        requires: vec![Dependency::any("filesystem")],
-        ..package("spaces", vec![File::regular("/var/lib/a b", 0o644, "x")])
-    };
-    spaces.write(dir).unwrap();
     ok(tool("createrepo_c").arg("-q").arg(dir));
 }
 
@@ -400,6 +411,7 @@ fn smaller_fields_and_what_packages_bring_are_in_the_tree() {
     assert_eq!(
         ours,
         [
+            r#"C "/var/lib/everything/a b\"" 0644 root root - /usr/share/factory/var/lib/everything/a\x20b\x22"#,
             "C /var/lib/everything/data%% 0640 mail man - /usr/share/factory/var/lib/everything/data%%",
             "L /run/everything/link - - - - told",
             "L /var/lib/everything/link - - - - data%%",
@@ -419,6 +431,7 @@ fn smaller_fields_and_what_packages_bring_are_in_the_tree() {
     let done = ok(tool("systemd-tmpfiles").arg("--create").arg(format!("--root={}", made.display())).args(files));
     assert!(!done.stderr.contains("Duplicate"), "{}", done.stderr);
     assert_eq!(fs::read_to_string(made.join("var/lib/everything/data%")).unwrap(), "content\n");
+    assert_eq!(fs::read_to_string(made.join("var/lib/everything/a b\"")).unwrap(), "odd\n");
     let meta = |path: &str| {
         let meta = made.join(path).symlink_metadata().unwrap();
         (meta.mode() & 0o7777, meta.uid(), meta.gid())
@@ -444,7 +457,6 @@ fn smaller_fields_and_what_packages_bring_are_in_the_tree() {
         ("owner, rival", "/usr/lib/owned conflicts between"),
         ("lost", "has the file /run/lost"),
         ("twice", "both /opt/one and /var/opt/one"),
-        ("spaces", "\"/var/lib/a b\" of the tree has white space"),
     ] {
         let treefile = small(dir.path(), &format!("packages: [filesystem, setup, {package}]\n"));
         fs::write(&treefile, fs::read_to_string(&treefile).unwrap().replace("[demo]", "[demo, own]")).unwrap();
@@ -484,7 +496,10 @@ add-files:
     ] {
         assert!(autovar.lines().any(|found| found == line), "{line}: {autovar}");
     }
-    assert!(!autovar.contains("random-seed") && !autovar.contains("wtmp"), "{autovar}");
+    assert!(["random-seed", "wtmp", "machine-id", "index.db"].iter().all(|name| !autovar.contains(name)), "{autovar}");
+    let keys =
+        ok(tool("ostree").args(["ls", "--repo"]).arg(dir.path().join("repo")).args(["test/host", "/usr/etc/ssh"]));
+    assert!(!keys.stdout.contains("ssh_host"), "{}", keys.stdout);
     for (path, content) in [
         ("/usr/lib/opt/tool/run", "new\n"),
         ("/usr/lib/alternatives/tool", "auto\n"),

@@ -91,6 +91,7 @@ fn a_lockfile_pins_packages_and_gives_the_same_commit_again() {
         write_lockfile(&lock, packages);
         fails(compose(other.path(), &host).arg("--lockfile").arg(&lock), 3, reason);
     }
+    fails(compose(other.path(), &host).arg("--lockfile").arg(dir.path()), 3, "is no lockfile");
     // Repositories for what is pinned, and for nothing else.
     let host = both(dir.path(), &format!("repos: [demo]\nlockfile-repos: [update]\n{packages}"));
     write_lockfile(&lock, json!({ "demo-agent": { "evra": "1.0-2.noarch" } }));
@@ -106,7 +107,9 @@ fn a_lockfile_pins_all_architectures_and_takes_any_digest() {
     let dir = tempfile::tempdir().unwrap();
     let own = dir.path().join("own");
     fs::create_dir(&own).unwrap();
-    for (arch, release) in [("x86_64", "1"), ("i686", "1"), ("x86_64", "2"), ("i686", "2")] {
+    // A repository may name files as it likes.
+    fs::create_dir_all(own.join("pool")).unwrap();
+    let write = |arch: &str, release: &str| {
         let package = Package {
             name: "both".to_owned(),
             evr: Evr { epoch: 3, version: "1".to_owned(), release: release.to_owned() },
@@ -115,9 +118,12 @@ fn a_lockfile_pins_all_architectures_and_takes_any_digest() {
             files: vec![File::regular(&format!("/usr/lib/both-{arch}"), 0o644, release)],
             ..Package::default()
         };
-        package.write(&own).unwrap();
+        fs::rename(package.write(&own).unwrap(), own.join(format!("pool/{arch}-{release}.rpm"))).unwrap();
+        ok(tool("createrepo_c").arg("-q").arg(&own));
+    };
+    for (arch, release) in [("x86_64", "1"), ("i686", "1"), ("x86_64", "2"), ("i686", "2")] {
+        write(arch, release);
     }
-    ok(tool("createrepo_c").arg("-q").arg(&own));
     let packages = "packages: [filesystem, setup, both.x86_64, both.i686]\n";
     let host = both(dir.path(), &format!("repos: [demo, own]\n{packages}"));
     rpms::write_repo_file(&dir.path().join("own.repo"), "own", &own).unwrap();
@@ -138,12 +144,16 @@ fn a_lockfile_pins_all_architectures_and_takes_any_digest() {
     assert_eq!(versions(&pinned), ["3:1-1 i686", "3:1-1 x86_64"]);
     let text: Value = serde_json::from_str(&fs::read_to_string(&written).unwrap()).unwrap();
     assert_eq!(text["packages"]["both"], json!({ "evr": "3:1-1" }));
-    assert!(text["packages"]["setup"]["evra"].is_string());
+    assert!(text["packages"]["setup"]["evra"].is_string() && text["packages"]["setup"]["digest"].is_string());
     let again = ok(&mut with_lock(&written)).json();
     assert_eq!((&again["commit"], &again["changed"]), (&pinned["commit"], &json!(false)));
     // With its architecture, it is the only one of its name.
     write_lockfile(&lock, json!({ "both": { "evra": "3:1-1.x86_64" } }));
     fails(&mut with_lock(&lock), 3, "both");
+
+    // What the repository has got since is seen at once.
+    ["x86_64", "i686"].iter().for_each(|arch| write(arch, "3"));
+    assert_eq!(versions(&ok(&mut compose(dir.path(), &host)).json()), ["3:1-3 i686", "3:1-3 x86_64"]);
 
     // The algorithms of repositories' metadata.
     let rpm = rpms::demo_repo().join("setup-1.0-1.noarch.rpm");
@@ -232,7 +242,22 @@ fn files_get_the_labels_of_the_tree_s_own_policy() {
     let dir = tempfile::tempdir().unwrap();
     rpms::write_repo_file(&dir.path().join("selinux.repo"), "selinux", &rpms::selinux_repo()).unwrap();
     let packages = "packages: [filesystem, setup, bash, coreutils, passwd, demo-agent, selinux-policy-default]\n";
-    let host = both(dir.path(), &format!("repos: [demo, selinux]\n{packages}"));
+    // As the real one does, it labels home directories by where useradd makes them.
+    let semodule = r#"postprocess:
+- |
+  #!/bin/bash
+  set -e
+  mkdir -p /etc/default
+  echo HOME=/home > /etc/default/useradd
+  cat > /usr/sbin/semodule << 'END'
+  #!/bin/bash
+  . /etc/default/useradd
+  line="$HOME/[^/]+ -d system_u:object_r:user_home_dir_t:s0"
+  echo "$line" > /etc/selinux/default/contexts/files/file_contexts.homedirs
+  END
+  chmod 755 /usr/sbin/semodule
+"#;
+    let host = both(dir.path(), &format!("repos: [demo, selinux]\n{packages}{semodule}"));
     fs::write(&host, fs::read_to_string(&host).unwrap().replace("selinux: false", "selinux: true")).unwrap();
     let commit = ok(&mut compose(dir.path(), &host)).json()["commit"].as_str().unwrap().to_owned();
     let repo = dir.path().join("repo");
@@ -250,6 +275,10 @@ fn files_get_the_labels_of_the_tree_s_own_policy() {
         let listed = ostree(&["ls", "-X", "-d", &commit, path]);
         assert!(listed.contains(&format!("system_u:object_r:{label}:s0")), "{listed}");
     }
+    assert_eq!(
+        ostree(&["cat", &commit, "/usr/etc/selinux/default/contexts/files/file_contexts.homedirs"]),
+        "/var/home/[^/]+ -d system_u:object_r:user_home_dir_t:s0\n"
+    );
     // The store of the policy's modules is updated with the policy.
     assert!(ostree(&["ls", "-R", &commit, "/usr/etc/selinux/default/active/modules"]).contains("/400/ssh/cil"));
     assert!(ostree(&["cat", &commit, "/usr/etc/selinux/semanage.conf"]).ends_with("\nstore-root=/etc/selinux\n"));
@@ -281,6 +310,8 @@ fn scriptlets_stay_in_the_tree() {
         test -f $package && echo $package >> packages; echo spoilt >> $package; done\n\
         chroot $outside sh -c 'mount -o remount,bind,rw /usr; touch /usr/escaped && echo escaped > /tmp/escaped'\n\
         touch $outside/usr/escaped && echo escaped > escaped\n\
+        ls -d $outside/etc/ssl $outside/etc/pki > certificates; test -e $outsideDIR/cache && echo found > work\n\
+        cat $outsideDIR/secret.key > secrets; grep -s 's3cr[e]t' $outsideDIR/* $outsideDIR/cache/work/*/dnf/*/* >> secrets\n\
         true\n";
     let dir = tempfile::tempdir_in(e2e::target_dir()).unwrap();
     let own = dir.path().join("own");
@@ -291,13 +322,22 @@ fn scriptlets_stay_in_the_tree() {
         arch: "noarch".to_owned(),
         summary: "looks around".to_owned(),
         requires: ["filesystem", "setup", "bash", "coreutils", "grep"].map(Dependency::any).to_vec(),
-        scripts: vec![Script { when: When::PostTrans, interpreter: "/bin/sh", body: PROBE.to_owned() }],
+        scripts: vec![Script {
+            when: When::PostTrans,
+            interpreter: "/bin/sh",
+            body: PROBE.replace("$outsideDIR", &format!("$outside{}", dir.path().display())),
+        }],
         ..Package::default()
     };
     let package = probe.write(&own).unwrap();
     ok(tool("createrepo_c").arg("-q").arg(&own));
     let host = treefile(dir.path(), "repos: [demo]\npackages: [probe]\n");
-    let _server = serve(&dir.path().join("demo.repo"), &own, |_| None);
+    let repo_file = dir.path().join("demo.repo");
+    let _server = serve(&repo_file, &own, |_| None);
+    let key = dir.path().join("secret.key");
+    fs::write(&key, "s3cret\n").unwrap();
+    let secrets = format!("username=u\npassword=s3cret\nsslclientkey={}\n", key.display());
+    fs::write(&repo_file, fs::read_to_string(&repo_file).unwrap() + &secrets).unwrap();
     ok(compose(dir.path(), &host).env("SECRET", "of the caller").env("LANGUAGE", "de").env("HOSTNAME", "builder"));
     let read = |name: &str| {
         let path = format!("/usr/lib/probe/{name}");
@@ -308,6 +348,9 @@ fn scriptlets_stay_in_the_tree() {
     assert!(["SECRET", "LANGUAGE", "HOSTNAME=builder"].iter().all(|name| !environment.contains(name)), "{environment}");
     assert_eq!(read("hostname"), "localhost\n");
     assert_eq!((read("shadow"), read("homes"), read("escaped")), Default::default());
+    // It saw where dnf works, and nothing that is only for the network.
+    assert_eq!(read("work"), "found\n");
+    assert_eq!((read("certificates"), read("secrets")), Default::default());
     assert!(!Path::new("/usr/escaped").exists());
     let capabilities = read("caps");
     let set = u64::from_str_radix(capabilities.trim().rsplit('\t').next().unwrap(), 16).unwrap();

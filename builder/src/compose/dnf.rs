@@ -51,6 +51,8 @@ const CACHE: &str = "/var/cache/dnf";
 /// scriptlets may know.
 const REPOS: &str = "repos";
 const REPOS_OFFLINE: &str = "repos-offline";
+/// Where their variables are.
+const VARS: &str = "vars";
 
 /// Where dnf works for one compose.
 pub struct Dnf<'a> {
@@ -84,7 +86,7 @@ impl<'a> Dnf<'a> {
         let (work, root, cache, snapshot) = (work.to_owned(), root.to_owned(), cache.join("dnf"), work.join("cache"));
         let (known, refreshed, pinned, missing) = (Vec::new(), Cell::new(false), BTreeMap::new(), Vec::new());
         let mut dnf = Self { flattened, work, cache, snapshot, root, epoch, known, refreshed, pinned, missing };
-        for dir in ["home", REPOS, REPOS_OFFLINE, "vars"] {
+        for dir in ["home", REPOS, REPOS_OFFLINE, VARS] {
             fs::create_dir_all(dnf.work.join(dir)).context("making dnf's directories")?;
         }
         fs::create_dir_all(&dnf.cache).with_context(|| format!("making {}", dnf.cache.display()))?;
@@ -98,7 +100,7 @@ impl<'a> Dnf<'a> {
             if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
                 reject!("repovars: {name:?} is no name of a variable: letters, digits and _ make one");
             }
-            fs::write(dnf.work.join("vars").join(name), value)?;
+            fs::write(dnf.work.join(VARS).join(name), value)?;
         }
         dnf.known = dnf.copy_repositories()?;
         Ok(dnf)
@@ -109,9 +111,8 @@ impl<'a> Dnf<'a> {
         let treefile = &self.flattened.treefile;
         let mut conf = format!(
             "[main]\ngpgcheck=1\nbest=1\nkeepcache=1\nplugins=0\ncheck_config_file_age=0\nzchunk=0\n\
-             install_weak_deps={}\nvarsdir={}\n",
+             install_weak_deps={}\n",
             treefile.recommends.unwrap_or(true),
-            self.work.join("vars").display(),
         );
         if treefile.documentation == Some(false) {
             conf.push_str("tsflags=nodocs\n");
@@ -134,7 +135,10 @@ impl<'a> Dnf<'a> {
         }
         let repositories = self.flattened.treefile.lockfile_repos.as_deref().unwrap_or_default();
         self.pinned = repositories.iter().map(|repo| (repo.clone(), Vec::new())).collect();
-        let available = self.available(&lockfile.names())?;
+        let available = {
+            let _lock = self.lock()?;
+            self.available(true, &lockfile.names())?
+        };
         let Divided { pinned, others, missing } = lockfile.divide(&available);
         if !missing.is_empty() {
             tracing::warn!("no repository has what the lockfile pins: {}", missing.join(", "));
@@ -152,18 +156,21 @@ impl<'a> Dnf<'a> {
         self.configure(&others)
     }
 
-    /// What the repositories have under `names`; everything where there are none.
-    fn available(&self, names: &[&str]) -> Result<Vec<Available>> {
-        let _lock = self.lock()?;
-        let mut command = self.command(true)?;
-        let format = "%{name}|%{epoch}|%{version}-%{release}|%{arch}|%{sourcerpm}|%{repoid}\\n";
+    /// What the repositories have under `names`, everything where there are none; without the network, what the
+    /// snapshot knows of them.
+    fn available(&self, network: bool, names: &[&str]) -> Result<Vec<Available>> {
+        let mut command = self.command(network)?;
+        if !network {
+            command.arg("--cacheonly");
+        }
+        let format = "%{name}|%{epoch}|%{version}-%{release}|%{arch}|%{sourcerpm}|%{repoid}|%{location}\\n";
         command.args(["--quiet", "repoquery", "--qf", format]).args(names);
         let text = process::output("dnf", &mut command)?;
         let parse = |line: &str| {
-            let fields: [&str; 6] = line.split('|').collect::<Vec<_>>().try_into().ok()?;
-            let [name, epoch, version, arch, source, repository] = fields.map(str::to_owned);
+            let fields: [&str; 7] = line.split('|').collect::<Vec<_>>().try_into().ok()?;
+            let [name, epoch, version, arch, source, repository, location] = fields.map(str::to_owned);
             let evr = if matches!(epoch.as_str(), "0" | "(none)") { version } else { format!("{epoch}:{version}") };
-            Some(Available { name, evr, arch, source, repository })
+            Some(Available { name, evr, arch, source, repository, location })
         };
         let lines = text.lines().filter(|line| !line.is_empty());
         lines.map(|line| parse(line).with_context(|| format!("reading dnf's answer {line:?}"))).collect()
@@ -288,7 +295,7 @@ impl<'a> Dnf<'a> {
             true => (REPOS, |_| true),
             false => (REPOS_OFFLINE, |key| ["baseurl", "gpgkey"].contains(&key)),
         };
-        let mut readable: Vec<PathBuf> = ["dnf.conf", "home", "vars", repos].map(|name| self.work.join(name)).into();
+        let mut readable: Vec<PathBuf> = ["dnf.conf", "home", VARS, repos].map(|name| self.work.join(name)).into();
         readable.extend(self.known.iter().flat_map(|section| self.local(section, needed)));
         let readable: Vec<&Path> = readable.iter().map(PathBuf::as_path).collect();
         let mut command = Sandbox { writable: &writable, network }.outside(&self.root, &readable)?;
@@ -307,7 +314,10 @@ impl<'a> Dnf<'a> {
         command.arg("--installroot").arg(&self.root);
         // Its log and state stay where it puts them, inside the tree; they are removed there.
         command.arg(format!("--setopt=cachedir={CACHE}"));
-        command.arg(format!("--setopt=reposdir={}", self.work.join(repos).display()));
+        // From the configuration file, dnf 4 would take the variables from where it found the repositories.
+        for (option, name) in [("reposdir", repos), ("varsdir", VARS)] {
+            command.arg(format!("--setopt={option}={}", self.work.join(name).display()));
+        }
         if network && !self.refreshed.replace(true) {
             // What has not changed is not fetched again.
             command.arg("--refresh");
@@ -358,16 +368,27 @@ impl<'a> Dnf<'a> {
     }
 
     /// Downloads the packages into the cache, with the network, and keeps what
-    /// [`Dnf::install_cached`] needs of it for this compose.
+    /// [`Dnf::install_cached`] needs of it for this compose. Gives the packages, and their files; `None` where
+    /// one is not where its repository says.
     ///
     /// # Errors
     /// Rejected when they cannot be resolved; else worth a retry.
-    pub fn download(&self) -> Result<Vec<Planned>> {
+    pub fn download(&self) -> Result<(Vec<Planned>, Option<Vec<PathBuf>>)> {
         let _lock = self.lock()?;
         let ended = self.install(true, &["--downloadonly"])?;
         let packages = plan::parse(&ended.lines)?;
-        self.take_snapshot(&packages)?;
-        Ok(packages)
+        self.take_snapshot()?;
+        let files = self.locate(&packages)?;
+        files.iter().flatten().filter(|file| file.starts_with(&self.snapshot)).for_each(|file| note_use(file));
+        let missing = packages.iter().zip(&files).find(|(_, file)| file.is_none());
+        if let Some((package, _)) = missing {
+            tracing::warn!(
+                "the file of {} is not where {} says: whether packages are new is not known before they are installed",
+                package.name,
+                package.repository
+            );
+        }
+        Ok((packages, files.into_iter().collect()))
     }
 
     /// Installs what [`Dnf::download`] left, without the network.
@@ -401,59 +422,66 @@ impl<'a> Dnf<'a> {
 
     /// Links the packages of the cache and copies the metadata, so that what other composes do
     /// there is nothing to this one, and what this one does is nothing to them.
-    fn take_snapshot(&self, packages: &[Planned]) -> Result<()> {
+    fn take_snapshot(&self) -> Result<()> {
         copy_tree(&self.cache, &self.snapshot)
-            .with_context(|| format!("linking what this compose needs of {}", self.cache.display()))?;
-        let used: BTreeSet<String> = packages.iter().map(Planned::file_name).collect();
-        // Whatever the mount's options say, these were used now; dnf remembers their time of change.
-        let now = Timestamps {
-            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
-            last_modification: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-        };
-        find_files(&self.snapshot, &mut |path| {
-            if !used.contains(path.file_name().and_then(OsStr::to_str).unwrap_or_default()) {
-                return;
-            }
-            if let Err(error) = utimensat(CWD, path, &now, AtFlags::empty()) {
-                tracing::debug!("noting the use of {}: {error}", path.display());
-            }
-        })
+            .with_context(|| format!("linking what this compose needs of {}", self.cache.display()))
     }
 
-    /// The files of `packages`, which were downloaded or lie in a local repository; `None`
-    /// where one lies in neither place under its usual name, or in several.
-    ///
-    /// # Errors
-    /// When a directory cannot be read.
-    pub fn files(&self, packages: &[Planned]) -> Result<Option<Vec<PathBuf>>> {
-        let wanted: BTreeSet<String> = packages.iter().map(Planned::file_name).collect();
-        let mut found: BTreeMap<(String, String), Vec<PathBuf>> = BTreeMap::new();
-        let mut search = |repository: &str, directory: &Path| {
-            find_files(directory, &mut |path| {
-                if let Some(name) = path.file_name().and_then(OsStr::to_str).filter(|name| wanted.contains(*name)) {
-                    found.entry((repository.to_owned(), name.to_owned())).or_default().push(path.to_owned());
-                }
-            })
-        };
+    /// The files of `packages`, which are in the snapshot or in a local repository.
+    fn locate(&self, packages: &[Planned]) -> Result<Vec<Option<PathBuf>>> {
+        let names: BTreeSet<&str> = packages.iter().map(|package| package.name.as_str()).collect();
+        let available = self.available(false, &Vec::from_iter(names))?;
+        let mut directories: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
         for section in &self.known {
-            for directory in self.local(section, |key| key == "baseurl").iter().filter(|path| path.is_dir()) {
-                search(&section.id, directory)?;
-            }
+            directories.insert(section.id.clone(), self.local(section, |key| key == "baseurl"));
         }
         for entry in fs::read_dir(&self.snapshot)? {
             let entry = entry?;
             // ID-HASH
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if let (Some((repository, _)), true) = (name.rsplit_once('-'), entry.file_type()?.is_dir()) {
-                search(repository, &entry.path())?;
+            if let Some((repository, _)) = entry.file_name().to_string_lossy().rsplit_once('-') {
+                directories.entry(repository.to_owned()).or_default().push(entry.path().join("packages"));
             }
         }
-        // Two repositories may have had one id.
-        let file = |package: &Planned| match found.get(&(package.repository.clone(), package.file_name()))?.as_slice() {
-            [one] => Some(one.clone()),
-            _ => None,
-        };
-        Ok(packages.iter().map(file).collect())
+        let mut files = Vec::new();
+        for package in packages {
+            let is = |other: &&Available| {
+                let same = other.name == package.name && other.arch == package.arch;
+                same && other.evr == package.evr && other.repository == package.repository
+            };
+            let mut found = Vec::new();
+            for location in available.iter().filter(is).map(|package| Path::new(&package.location)) {
+                // The cache has no directories.
+                let places = [Some(location), location.file_name().map(Path::new)].into_iter().flatten();
+                for directory in directories.get(&package.repository).into_iter().flatten() {
+                    found.extend(places.clone().map(|place| directory.join(place)).find(|path| path.is_file()));
+                }
+            }
+            files.push(only(found)?);
+        }
+        Ok(files)
+    }
+}
+
+/// The one of `paths`, or any where all have the same content: a repository may have been at another address.
+fn only(mut paths: Vec<PathBuf>) -> Result<Option<PathBuf>> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
+    let Some(first) = paths.pop() else { return Ok(None) };
+    for other in paths {
+        if read(&other)? != read(&first)? {
+            return Ok(None);
+        }
+    }
+    Ok(Some(first))
+}
+
+/// Notes that a file of the cache was used now, whatever the mount's options say; dnf remembers its time of change.
+fn note_use(path: &Path) {
+    let now = Timestamps {
+        last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
+        last_modification: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+    };
+    if let Err(error) = utimensat(CWD, path, &now, AtFlags::empty()) {
+        tracing::debug!("noting the use of {}: {error}", path.display());
     }
 }
 

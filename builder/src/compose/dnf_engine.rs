@@ -64,23 +64,16 @@ impl Engine for DnfEngine {
         let files = files_digest(flattened)?;
 
         dnf.pin(&lockfile)?;
-        let planned = job.stages.run("downloading packages", || dnf.download())?;
-        let rpms = dnf.files(&planned)?;
+        let (planned, rpms) = job.stages.run("downloading packages", || dnf.download())?;
         lockfile.verify(&planned, rpms.as_deref())?;
         write_lockfile(job, &planned, rpms.as_deref(), epoch)?;
         let resolved = rpms.map(|rpms| packages::of_files(&rpms, &dnf.home())).transpose()?;
-        match (&resolved, &previous) {
-            (Some(packages), Some(previous)) if !job.options.force_nocache => {
-                let input_hash = input_hash(flattened, &files, packages, epoch);
-                if is_again(previous, job, &input_hash, parent.as_deref())? {
-                    tracing::info!("nothing changed since commit {}: not composed again", previous.commit);
-                    return Ok(Made { commit: previous.commit.clone(), sizes: sizes(packages), written: None });
-                }
+        if let (Some(packages), Some(previous), false) = (&resolved, &previous, job.options.force_nocache) {
+            let input_hash = input_hash(flattened, &files, packages, epoch);
+            if is_again(previous, job, &input_hash, parent.as_deref())? {
+                tracing::info!("nothing changed since commit {}: not composed again", previous.commit);
+                return Ok(Made { commit: previous.commit.clone(), sizes: sizes(packages), written: None });
             }
-            (None, _) => {
-                tracing::debug!("not all packages were found by their names: whether they are new is not known")
-            }
-            _ => {}
         }
         accounts::preserve(&tree, flattened, previous.as_ref())?;
         job.stages.run("installing packages", || dnf.install_cached())?;

@@ -242,8 +242,8 @@ fn move_to_usr(tree: &Tree, opt: bool) -> Result<Vec<String>> {
                 "packages have both /opt/{name} and /var/opt/{name}, which are one place in an OSTree-based system"
             );
         }
-        let name = escape(name);
-        links.push(format!("L /var/opt/{name} - - - - ../../{OPT}/{name}"));
+        let link = quote(&format!("/var/opt/{name}"))?;
+        links.push(format!("L {link} - - - - ../../{OPT}/{}", escape(name)));
     }
     if !packaged.is_empty() {
         tracing::info!("what packages have in /opt is in /{OPT}, with links to it");
@@ -399,24 +399,39 @@ fn escaped(rest: &mut Peekable<Chars>) -> Option<Vec<u8>> {
 /// The line of tmpfiles.d(5) that makes what a package has below /run.
 fn describe_volatile(entry: &Volatile) -> Result<String> {
     let Volatile { path, mode, owner: (user, group), target } = entry;
-    let (escaped, permissions) = (escape(path), mode & 0o7777);
+    let (quoted, permissions) = (quote(path)?, mode & 0o7777);
     Ok(match FileType::from_raw_mode(*mode) {
-        FileType::Directory => format!("d {escaped} {permissions:04o} {user} {group} - -"),
-        FileType::Symlink => format!("L {escaped} - - - - {}", escape(target)),
+        FileType::Directory => format!("d {quoted} {permissions:04o} {user} {group} - -"),
+        FileType::Symlink => format!("L {quoted} - - - - {}", escape(target)),
         _ => reject!("a package has the file {path}, which would be gone after a boot"),
     })
 }
 
-/// A path as tmpfiles.d(5) takes it, also as an argument.
+/// A path as tmpfiles.d(5) takes it. Of escapes, older versions of systemd (252) know only those of quotes.
+fn quote(path: &str) -> Result<String> {
+    if path.contains(char::is_control) {
+        reject!("{path:?} of the tree has a control character in its name, which tmpfiles.d cannot express");
+    }
+    // It would begin a specifier.
+    let path = path.replace('%', "%%");
+    Ok(match path.contains(is_special) {
+        true => format!("\"{}\"", path.replace('\\', r"\\").replace('"', "\\\"")),
+        false => path,
+    })
+}
+
+/// A path as the last field of tmpfiles.d(5) takes it, which has escapes as in C, and no quotes.
 fn escape(path: &str) -> String {
     let escape = |next: char| match next {
-        // It would begin a specifier.
         '%' => "%%".to_owned(),
-        '\\' | '"' | '\'' | ' ' => format!("\\x{:02x}", u32::from(next)),
-        next if next.is_ascii_control() => format!("\\x{:02x}", u32::from(next)),
+        next if is_special(next) => format!("\\x{:02x}", u32::from(next)),
         next => next.to_string(),
     };
     path.chars().map(escape).collect()
+}
+
+fn is_special(next: char) -> bool {
+    next.is_ascii_whitespace() || next.is_ascii_control() || ['"', '\'', '\\'].contains(&next)
 }
 
 /// Adds the lines of tmpfiles.d(5) that make what is below `dir`.
@@ -427,22 +442,22 @@ fn describe(dir: &Path, path: &str, tree: &Tree, accounts: &Accounts, lines: &mu
             reject!("{path} of the tree holds a name that is not UTF-8");
         };
         let path = format!("{path}/{name}");
-        let escaped = escape(&path);
+        let quoted = quote(&path)?;
         let meta = entry.path().symlink_metadata()?;
         let owner = format!("{} {}", accounts.user(meta.uid()), accounts.group(meta.gid()));
         let mode = meta.mode() & 0o7777;
         if meta.is_dir() {
-            lines.push(format!("d {escaped} {mode:04o} {owner} - -"));
+            lines.push(format!("d {quoted} {mode:04o} {owner} - -"));
             describe(&entry.path(), &path, tree, accounts, lines)?;
         } else if meta.is_symlink() {
             let target = fs::read_link(entry.path())?;
             let Some(target) = target.to_str() else { reject!("the link {path} of the tree is not UTF-8") };
-            lines.push(format!("L {escaped} - - - - {}", escape(target)));
+            lines.push(format!("L {quoted} - - - - {}", escape(target)));
         } else if meta.is_file() {
             let factory = format!("{FACTORY}{path}");
             tracing::info!("{path} is a regular file: it moves to /{factory} and is copied back at boot");
             tree.rename(&path, &factory)?;
-            lines.push(format!("C {escaped} {mode:04o} {owner} - /{FACTORY}{escaped}"));
+            lines.push(format!("C {quoted} {mode:04o} {owner} - /{FACTORY}{}", escape(&path)));
         } else {
             reject!("{path} of the tree is a device, socket or pipe, which a commit cannot hold");
         }

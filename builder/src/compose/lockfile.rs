@@ -91,6 +91,8 @@ pub struct Available {
     pub source: String,
     /// The repository's id.
     pub repository: String,
+    /// Where its file is in the repository.
+    pub location: String,
 }
 
 impl Available {
@@ -212,15 +214,14 @@ impl Lockfile {
     /// Holds the files of the resolved packages, where they are known, against the pinned digests.
     ///
     /// # Errors
-    /// Rejected when one is different; an error when one is not known.
+    /// Rejected when one is different or not known.
     pub fn verify(&self, packages: &[Planned], files: Option<&[PathBuf]>) -> Result<()> {
         for (index, package) in packages.iter().enumerate() {
             let locked = self.packages.as_ref().and_then(|packages| packages.get(&package.name));
             let Some(expected) = locked.and_then(|locked| locked.digest.as_ref()) else { continue };
-            let file = files.with_context(|| {
-                format!("the lockfile pins the digest of {}, but dnf left packages under unusual names", package.name)
-            })?;
-            let file = &file[index];
+            let Some(file) = files.map(|files| &files[index]) else {
+                reject!("the lockfile pins the digest of {}, but files are not where repositories say", package.name);
+            };
             let digest = measure(file, expected)?;
             if digest != *expected {
                 reject!("{} has {digest}, but the lockfile pins {expected}", file.display());
@@ -308,7 +309,7 @@ mod tests {
 
     fn available(name: &str, evr: &str, arch: &str, source: &str) -> Available {
         let [name, evr, arch, source] = [name, evr, arch, source].map(str::to_owned);
-        Available { name, evr, arch, source, repository: "r".to_owned() }
+        Available { name, evr, arch, source, repository: "r".to_owned(), location: String::new() }
     }
 
     #[test]

@@ -26,14 +26,6 @@ pub struct Planned {
     pub bytes: u64,
 }
 
-impl Planned {
-    /// How a repository names its file, by custom.
-    pub fn file_name(&self) -> String {
-        let version = self.evr.split_once(':').map_or(self.evr.as_str(), |(_, version)| version);
-        format!("{}-{version}.{}.rpm", self.name, self.arch)
-    }
-}
-
 /// What a compose would do.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
