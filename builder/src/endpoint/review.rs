@@ -1,6 +1,6 @@
 //! Asks the Kubernetes API whose a token is (TokenReview, authentication.k8s.io/v1).
 //! Answers are kept for a short while; what is kept is named by the token's digest. What the token says of
-//! itself is enough to refuse it, so that garbage costs no question, and never enough to take it.
+//! itself is enough to refuse it without a question, and never enough to take it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -34,6 +34,8 @@ const KEPT: usize = 4096;
 const SKEW: Duration = Duration::from_secs(60);
 /// How many questions are asked at a time: anybody can send a new token.
 const ASKED: usize = 8;
+/// And how many of tokens that say nothing of themselves, as garbage does: these must not keep service accounts out.
+const ASKED_OPAQUE: usize = 2;
 /// How long the cluster may take, with the wait for one's turn.
 const TIMEOUT: Duration = Duration::from_secs(15);
 /// What the name of a service account's user starts with (Kubernetes, "Authenticating").
@@ -73,6 +75,7 @@ pub struct Reviewer {
     api: Api<TokenReview>,
     audience: String,
     asking: Semaphore,
+    asking_opaque: Semaphore,
     accepted: Kept<Account>,
     refused: Kept<()>,
 }
@@ -153,8 +156,9 @@ impl Reviewer {
             "finding the cluster for --token-review-audience: neither a kubeconfig nor a pod's service account",
         )?;
         let client = Client::try_from(config).context("setting up the client of the Kubernetes API")?;
-        let asking = Semaphore::new(ASKED);
-        Ok(Self { api: Api::all(client), audience, asking, accepted: Kept::new(), refused: Kept::new() })
+        let (asking, asking_opaque) = (Semaphore::new(ASKED), Semaphore::new(ASKED_OPAQUE));
+        let (accepted, refused) = (Kept::new(), Kept::new());
+        Ok(Self { api: Api::all(client), audience, asking, asking_opaque, accepted, refused })
     }
 
     /// The service account whose token this is; `None` where the cluster does not
@@ -166,11 +170,13 @@ impl Reviewer {
         if let Some(account) = self.lookup(&digest) {
             return Ok(account);
         }
-        if !Claims::of(token).is_some_and(|claims| claims.may_pass(&self.audience)) {
-            return Ok(None);
-        }
+        let asking = match Claims::of(token) {
+            Some(claims) if !claims.may_pass(&self.audience) => return Ok(None),
+            Some(_) => &self.asking,
+            None => &self.asking_opaque,
+        };
         let asked = tokio::time::timeout(TIMEOUT, async {
-            let _turn = self.asking.acquire().await.context("waiting for a turn")?;
+            let _turn = asking.acquire().await.context("waiting for a turn")?;
             // Somebody with the same token may have asked meanwhile.
             match self.lookup(&digest) {
                 Some(account) => Ok(account),
