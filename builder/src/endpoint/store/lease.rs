@@ -175,7 +175,7 @@ impl Lease {
         };
         tokio::select! {
             done = work => done,
-            lost = ends => Err(lost.into()),
+            lost = ends => Err(lost),
         }
     }
 
