@@ -48,8 +48,9 @@ pub fn find(reference: &Reference, authfile: Option<&Path>) -> Result<Credential
             Err(e) if e.kind() == ErrorKind::NotFound => continue,
             Err(e) => return Err(e).with_context(|| format!("reading {}", path.display())),
         };
+        let below = without_helpers(&file);
         for (key, is_registry) in keys(reference) {
-            let known = if is_registry { file.clone() } else { without_helpers(&file) };
+            let known = if is_registry { &file } else { &below };
             match docker_credential::get_credential_from_reader(&known[..], &key) {
                 Ok(DockerCredential::UsernamePassword(user, password)) => {
                     tracing::debug!("{} has credentials for {key}", path.display());

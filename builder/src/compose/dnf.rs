@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use oscontainer_program::{exit, reject, stop};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, utimensat};
 
-use super::lockfile::{Available, Divided, Lockfile};
+use super::lockfile::{self, Available, Divided, Lockfile};
 use super::plan::{self, Planned};
 use super::process::{self, Ended};
 use super::repo_file::{self, Section};
@@ -464,10 +464,9 @@ impl<'a> Dnf<'a> {
 
 /// The one of `paths`, or any where all have the same content: a repository may have been at another address.
 fn only(mut paths: Vec<PathBuf>) -> Result<Option<PathBuf>> {
-    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
     let Some(first) = paths.pop() else { return Ok(None) };
     for other in paths {
-        if read(&other)? != read(&first)? {
+        if lockfile::digest(&other)? != lockfile::digest(&first)? {
             return Ok(None);
         }
     }

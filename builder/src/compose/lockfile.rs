@@ -298,7 +298,11 @@ fn measure(file: &Path, expected: &str) -> Result<String> {
     measure().with_context(|| format!("reading {}", file.display()))
 }
 
-fn digest(file: &Path) -> Result<Digest> {
+/// The sha256 of a file.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn digest(file: &Path) -> Result<Digest> {
     let opened = File::open(file).map(stop::Reader);
     opened.and_then(Digest::read).with_context(|| format!("reading {}", file.display()))
 }

@@ -64,8 +64,8 @@ pub trait Sink: Send {
     fn sync(&mut self) -> Result<()>;
 
     /// Gives the tarball its name by digest, durably: it waits for its manifest now; under the lock of its name. False
-    /// if the same is there already; [`super::Interrupted`] where it was deleted while it was written. What was synced is gone if it does not get its place,
-    /// unless it is an upload that can be resumed.
+    /// if the same is there already; [`super::Interrupted`] where it was deleted while it was written. What was synced
+    /// is gone if it does not get its place, unless it is an upload that can be resumed.
     fn place(self: Box<Self>, digest: &Digest) -> Result<bool>;
 
     /// The segments so far, where there are any.

@@ -237,7 +237,7 @@ impl Store {
         if let Some(record) = self.record(id)? {
             return Ok(same_or_conflict(record.digest, received.digest));
         }
-        if self.is_staged(id, &received.digest)? {
+        if self.staged(id, &received.digest)?.is_some() {
             return Ok(Outcome::Same);
         }
         // It was here before, and need not have been kept.
@@ -364,8 +364,7 @@ impl Store {
                 _ => Found::Whole(record.size),
             });
         }
-        if let Some(size) = self.backend.whole(id, digest)? {
-            self.backend.renew(id, digest)?;
+        if let Some(size) = self.staged(id, digest)? {
             return Ok(Found::Whole(size));
         }
         Ok(self.backend.partial(id, digest)?.map_or(Found::Nothing, Found::Partial))
@@ -416,7 +415,11 @@ impl Store {
             Some(record) => same_or_conflict(record.digest, *digest),
             None => {
                 let sink = received.sink.context("an upload that is added to has a place")?;
-                if self.is_staged(id, digest)? || !sink.place(digest)? { Outcome::Same } else { Outcome::Created }
+                if self.staged(id, digest)?.is_some() || !sink.place(digest)? {
+                    Outcome::Same
+                } else {
+                    Outcome::Created
+                }
             }
         };
         self.backend.cancel(id, digest)?;
@@ -470,10 +473,10 @@ impl Store {
         Ok(())
     }
 
-    /// Whether a tarball waits for its manifest; if so, as long as a new one.
-    fn is_staged(&self, id: &Id, digest: &Digest) -> Result<bool> {
-        let whole = self.backend.whole(id, digest)?.is_some();
-        if whole {
+    /// The size of a tarball that waits for its manifest, if there is one; from now on as long as a new one.
+    fn staged(&self, id: &Id, digest: &Digest) -> Result<Option<u64>> {
+        let whole = self.backend.whole(id, digest)?;
+        if whole.is_some() {
             self.backend.renew(id, digest)?;
         }
         Ok(whole)
