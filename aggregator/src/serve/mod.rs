@@ -11,7 +11,6 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 use axum::Router;
@@ -25,6 +24,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 use bytes::Bytes;
 use clap::Args;
+use oscontainer_program::buffer::Buffer;
 use oscontainer_program::files::{self, NO_CACHE};
 use oscontainer_program::options::Global;
 use oscontainer_program::page::POLICY;
@@ -36,11 +36,6 @@ use tree::Tree;
 
 /// What makes a request more than one for the whole file.
 const CONDITIONS: [HeaderName; 4] = [IF_MATCH, IF_NONE_MATCH, IF_RANGE, RANGE];
-/// Bytes of small objects that are in memory for clients that have not taken them yet; beyond that, objects are sent
-/// as large ones are.
-const BUDGET: usize = 2 << 20;
-/// Bytes that are in memory so.
-static HELD: AtomicUsize = AtomicUsize::new(0);
 /// The `Content-Type` of short answers.
 const TEXT: &str = "text/plain; charset=utf-8";
 
@@ -112,10 +107,7 @@ async fn file(site: &Arc<Site>, path: &str, request: &Parts) -> Response<Body> {
     };
     let Some(entry) = entry else { return not_found() };
     // Most requests are for these: handing each to another thread would cost more than it takes.
-    if request.method == Method::GET
-        && HELD.load(Ordering::Relaxed) < BUDGET
-        && !CONDITIONS.iter().any(|name| request.headers.contains_key(name))
-    {
+    if request.method == Method::GET && !CONDITIONS.iter().any(|name| request.headers.contains_key(name)) {
         match site.tree.small(&entry) {
             Ok(Some((bytes, etag))) => return small(&entry, bytes, &etag),
             Ok(None) => {}
@@ -141,32 +133,10 @@ async fn file(site: &Arc<Site>, path: &str, request: &Parts) -> Response<Body> {
     }
 }
 
-/// An object on its way to a client, which counts until it has been sent.
-struct Held(Vec<u8>);
-
-impl Held {
-    fn new(bytes: Vec<u8>) -> Self {
-        HELD.fetch_add(bytes.len(), Ordering::Relaxed);
-        Self(bytes)
-    }
-}
-
-impl AsRef<[u8]> for Held {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        HELD.fetch_sub(self.0.len(), Ordering::Relaxed);
-    }
-}
-
 /// A small object, whole.
-fn small(entry: &path::Entry, bytes: Vec<u8>, etag: &str) -> Response<Body> {
+fn small(entry: &path::Entry, bytes: Buffer, etag: &str) -> Response<Body> {
     let length = bytes.len();
-    let mut response = Response::new(Body::from(Bytes::from_owner(Held::new(bytes))));
+    let mut response = Response::new(Body::from(Bytes::from_owner(bytes)));
     let headers = response.headers_mut();
     // Of hex digits, a dot, a type and a number.
     if let Ok(etag) = HeaderValue::try_from(format!("\"{etag}\"")) {

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Seek};
-use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use oscontainer_artifact::digest::{Digest, Hasher};
+use oscontainer_program::buffer::Buffer;
 use oscontainer_program::files::Served;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
@@ -21,7 +21,7 @@ use super::path::Entry;
 /// A file up to this size, in bytes, is hashed for every request; an object, sent in one piece.
 const SMALL: u64 = 64 << 10;
 /// An object smaller than this, in bytes, is read before its size is known.
-const TINY: usize = 16 << 10;
+const TINY: usize = 8 << 10;
 /// How many larger files' digests are remembered.
 const MAX_REMEMBERED: usize = 4096;
 /// Bytes hashed at a time.
@@ -77,30 +77,31 @@ impl Tree {
     }
 
     /// An object that is small, whole, with its ETag; nothing for what is large, no object, or no
-    /// regular file. It may block, as long as a read of so few bytes takes.
+    /// regular file, nor while too many wait for others. It may block, as long as a read of so few bytes takes.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] for what is not there.
-    pub fn small(&self, entry: &Entry) -> io::Result<Option<(Vec<u8>, String)>> {
+    pub fn small(&self, entry: &Entry) -> io::Result<Option<(Buffer, String)>> {
         let Some(name) = &entry.object else { return Ok(None) };
         let mut file = self.walk(&entry.path)?;
         // Mostly that is all of it, and the next read says so.
-        let mut start = [MaybeUninit::uninit(); TINY];
-        if let Ok((bytes, rest @ [_, ..])) = rustix::io::read(&file, &mut start[..])
-            && !bytes.is_empty()
-            && let Ok(([], _)) = rustix::io::read(&file, &mut rest[..1])
+        let Some(mut buffer) = Buffer::exact(TINY) else { return Ok(None) };
+        if let Ok(count @ 1..TINY) = file.read(&mut buffer)
+            && let Ok(0) = file.read(&mut buffer[count..])
         {
-            return Ok(Some((bytes.to_vec(), etag(name, bytes.len() as u64))));
+            buffer.truncate(count);
+            return Ok(Some((buffer, etag(name, count as u64))));
         }
+        drop(buffer);
         let metadata = file.metadata()?;
         let size = metadata.len();
         if !metadata.is_file() || size > SMALL {
             return Ok(None);
         }
+        let Some(mut buffer) = Buffer::exact(size as usize) else { return Ok(None) };
         file.rewind()?;
-        let mut bytes = vec![0; size as usize];
-        file.read_exact(&mut bytes)?;
-        Ok(Some((bytes, etag(name, size))))
+        file.read_exact(&mut buffer)?;
+        Ok(Some((buffer, etag(name, size))))
     }
 
     fn walk(&self, path: &str) -> io::Result<File> {

@@ -6,7 +6,6 @@
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::body::{Body, Bytes};
 use axum::http::header::{
@@ -19,13 +18,7 @@ use rustix::io::{ReadWriteFlags, preadv2};
 use tokio::fs::File;
 use tokio::sync::oneshot;
 
-/// Bytes that all who are sent a file have in memory together, as long as each gets [`CHUNK`]'s least.
-const BUDGET: u64 = 2 << 20;
-/// The least and the most bytes that are read at a time, powers of two.
-const CHUNK: (u64, u64) = (2 << 10, 128 << 10);
-
-/// Bytes that are in memory.
-static HELD: AtomicU64 = AtomicU64::new(0);
+use crate::buffer::Buffer;
 
 /// Where a file's bytes come from.
 pub trait Content {
@@ -108,7 +101,7 @@ pub fn respond<C: Content>(served: Served<C>, method: &Method, request: &HeaderM
 
 /// `length` bytes of `file` from `start` on.
 fn chunks(file: std::fs::File, start: u64, length: u64) -> impl Stream<Item = io::Result<Bytes>> {
-    let sending = Sending { file: Arc::new(file), position: start, end: start + length, held: 0, sent: None };
+    let sending = Sending { file: Arc::new(file), position: start, end: start + length, sent: None };
     futures_util::stream::try_unfold(sending, Sending::next)
 }
 
@@ -117,10 +110,8 @@ struct Sending {
     file: Arc<std::fs::File>,
     position: u64,
     end: u64,
-    /// Bytes of its chunk, also while that waits for the next one's content.
-    held: u64,
     /// Gives the chunk's memory back.
-    sent: Option<oneshot::Receiver<Vec<u8>>>,
+    sent: Option<oneshot::Receiver<Buffer>>,
 }
 
 impl Sending {
@@ -128,17 +119,11 @@ impl Sending {
         if self.position == self.end {
             return Ok(None);
         }
-        let mut buffer = match self.sent.take() {
-            Some(sent) => sent.await.unwrap_or_default(),
-            None => Vec::new(),
+        let last = match self.sent.take() {
+            Some(sent) => sent.await.ok(),
+            None => None,
         };
-        let size = self.share();
-        if buffer.capacity() == size {
-            buffer.resize(size, 0);
-        } else {
-            drop(buffer);
-            buffer = vec![0; size];
-        }
+        let mut buffer = Buffer::up_to(self.end - self.position, last);
         // What the system has in memory is read here and now; only for a disk another thread waits.
         let at_once = preadv2(&*self.file, &mut [IoSliceMut::new(&mut buffer)], self.position, ReadWriteFlags::NOWAIT);
         let count = match at_once {
@@ -161,51 +146,28 @@ impl Sending {
         self.position += count as u64;
         let (back, sent) = oneshot::channel();
         self.sent = Some(sent);
-        // Nobody looks after the file while the last one is on its way.
-        let held = if self.position == self.end { std::mem::take(&mut self.held) } else { 0 };
-        let chunk = Chunk { buffer, back: Some(back), held };
-        Ok(Some((Bytes::from_owner(chunk), self)))
-    }
-
-    /// How much to read now: a few who are sent files get much, for speed, and a thousand little each. It is a
-    /// power of two before the end, so that it seldom changes.
-    fn share(&mut self) -> usize {
-        let others = HELD.load(Ordering::Relaxed).saturating_sub(self.held);
-        let share = 1 << (BUDGET.saturating_sub(others) / 4).clamp(CHUNK.0, CHUNK.1).ilog2();
-        let share = (self.end - self.position).min(share);
-        HELD.fetch_add(share, Ordering::Relaxed);
-        HELD.fetch_sub(self.held, Ordering::Relaxed);
-        self.held = share;
-        share as usize
-    }
-}
-
-impl Drop for Sending {
-    fn drop(&mut self) {
-        HELD.fetch_sub(self.held, Ordering::Relaxed);
+        Ok(Some((Bytes::from_owner(Chunk { buffer: Some(buffer), back: Some(back) }), self)))
     }
 }
 
 /// A part of a file on its way to a client; dropped, it has been sent.
 struct Chunk {
-    buffer: Vec<u8>,
-    back: Option<oneshot::Sender<Vec<u8>>>,
-    /// Bytes that it counts itself: those of the last one.
-    held: u64,
+    /// There until then.
+    buffer: Option<Buffer>,
+    back: Option<oneshot::Sender<Buffer>>,
 }
 
 impl AsRef<[u8]> for Chunk {
     fn as_ref(&self) -> &[u8] {
-        &self.buffer
+        self.buffer.as_deref().unwrap_or_default()
     }
 }
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        HELD.fetch_sub(self.held, Ordering::Relaxed);
-        if let Some(back) = self.back.take() {
+        if let (Some(back), Some(buffer)) = (self.back.take(), self.buffer.take()) {
             // After the last chunk nobody waits for it.
-            let _ = back.send(std::mem::take(&mut self.buffer));
+            let _ = back.send(buffer);
         }
     }
 }

@@ -3,6 +3,7 @@
 //! nothing of composing or assembling.
 
 mod activity;
+pub mod buffer;
 pub mod client;
 pub mod exit;
 pub mod files;
