@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Seek};
+use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ use super::path::Entry;
 /// A file up to this size, in bytes, is hashed for every request; an object, sent in one piece.
 const SMALL: u64 = 64 << 10;
 /// An object smaller than this, in bytes, is read before its size is known.
-const TINY: usize = 8 << 10;
+const TINY: usize = 16 << 10;
 /// How many larger files' digests are remembered.
 const MAX_REMEMBERED: usize = 4096;
 /// Bytes hashed at a time.
@@ -85,14 +86,13 @@ impl Tree {
         let Some(name) = &entry.object else { return Ok(None) };
         let mut file = self.walk(&entry.path)?;
         // Mostly that is all of it, and the next read says so.
-        let Some(mut buffer) = Buffer::exact(TINY) else { return Ok(None) };
-        if let Ok(count @ 1..TINY) = file.read(&mut buffer)
-            && let Ok(0) = file.read(&mut buffer[count..])
+        let mut start = [MaybeUninit::uninit(); TINY];
+        if let Ok((bytes, rest @ [_, ..])) = rustix::io::read(&file, &mut start[..])
+            && !bytes.is_empty()
+            && let Ok(([], _)) = rustix::io::read(&file, &mut rest[..1])
         {
-            buffer.truncate(count);
-            return Ok(Some((buffer, etag(name, count as u64))));
+            return Ok(Buffer::copy(bytes).map(|copy| (copy, etag(name, bytes.len() as u64))));
         }
-        drop(buffer);
         let metadata = file.metadata()?;
         let size = metadata.len();
         if !metadata.is_file() || size > SMALL {

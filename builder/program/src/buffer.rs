@@ -2,10 +2,15 @@
 //! it is cut from memory that large buffers have left, all of that stays in use; so large buffers are few, and kept.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Bytes that can be had at any time.
 const LEAST: usize = 1 << 10;
+/// Bytes in small buffers from which on no more is copied.
+const COPIES: usize = 1 << 20;
+/// Bytes in small buffers.
+static SMALL: AtomicUsize = AtomicUsize::new(0);
 static MIDDLE: Kept = Kept::new(8 << 10, 128);
 static LARGE: Kept = Kept::new(128 << 10, 8);
 
@@ -53,11 +58,13 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    /// These bytes, in no more memory than they need; none while others have too much of it.
+    pub fn copy(bytes: &[u8]) -> Option<Self> {
+        (SMALL.load(Ordering::Relaxed) < COPIES).then(|| Self::small(bytes.to_vec()))
+    }
+
     /// One of `length` bytes; none while others have too many, or where no buffer is as large.
     pub fn exact(length: usize) -> Option<Self> {
-        if length <= LEAST {
-            return Some(Self::small(length));
-        }
         [&MIDDLE, &LARGE].into_iter().filter(|kept| length <= kept.size).find_map(|kept| kept.take(length))
     }
 
@@ -73,22 +80,20 @@ impl Buffer {
             _ => &[&LARGE, &MIDDLE],
         };
         kept.iter().find_map(|kept| kept.take(length)).unwrap_or_else(|| {
-            let mut small = last.unwrap_or_else(|| Self::small(length.min(LEAST)));
+            let mut small = last.unwrap_or_else(|| Self::small(vec![0; length.min(LEAST)]));
             small.length = length.min(small.bytes.len());
             small
         })
     }
 
-    fn small(length: usize) -> Self {
-        Self { bytes: vec![0; length], length, home: None }
+    fn small(bytes: Vec<u8>) -> Self {
+        SMALL.fetch_add(bytes.len(), Ordering::Relaxed);
+        Self { length: bytes.len(), bytes, home: None }
     }
 
-    /// Keeps the first `length` bytes; where they are few, others get the memory.
+    /// Keeps the first `length` bytes.
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
-        if self.home.is_some() && self.length <= LEAST {
-            *self = Self { bytes: self.to_vec(), length: self.length, home: None };
-        }
     }
 }
 
@@ -114,8 +119,12 @@ impl AsRef<[u8]> for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(home) = self.home {
-            home.state.lock().unwrap_or_else(PoisonError::into_inner).free.push(std::mem::take(&mut self.bytes));
+        let bytes = std::mem::take(&mut self.bytes);
+        match self.home {
+            Some(home) => home.state.lock().unwrap_or_else(PoisonError::into_inner).free.push(bytes),
+            None => {
+                SMALL.fetch_sub(bytes.len(), Ordering::Relaxed);
+            }
         }
     }
 }
@@ -126,25 +135,32 @@ mod tests {
 
     #[test]
     fn large_buffers_are_few_and_small_ones_many() {
-        let mut many: Vec<_> = (0..200).map(|_| Buffer::up_to(1 << 30, None)).collect();
+        let many: Vec<_> = (0..200).map(|_| Buffer::up_to(1 << 30, None)).collect();
         let lengths = |length: usize| move |buffer: &&Buffer| buffer.len() == length;
         assert_eq!(many.iter().filter(lengths(LARGE.size)).count(), LARGE.most);
         assert_eq!(many.iter().filter(lengths(MIDDLE.size)).count(), MIDDLE.most);
         assert_eq!(many.iter().filter(lengths(LEAST)).count(), 200 - LARGE.most - MIDDLE.most);
-        assert!(Buffer::exact(LEAST + 1).is_none() && Buffer::exact(LARGE.size + 1).is_none());
-        assert_eq!(Buffer::exact(LEAST).map(|buffer| buffer.len()), Some(LEAST));
-        assert_eq!(Buffer::up_to(10, None).len(), 10);
+        assert!(Buffer::exact(1).is_none());
         let small = Buffer::up_to(1 << 30, None);
         let place = small.as_ptr();
-        let again = Buffer::up_to(20, Some(small));
+        let mut again = Buffer::up_to(20, Some(small));
         assert_eq!((again.as_ptr(), again.len()), (place, 20));
+        again.truncate(10);
+        assert_eq!(again.len(), 10);
         assert_eq!(Buffer::up_to(1 << 30, Some(again)).len(), LEAST);
-        // What is hardly used is given back at once.
-        many[0][..3].copy_from_slice(b"abc");
-        many[0].truncate(3);
-        assert_eq!(many[0].as_ref(), b"abc");
-        assert_eq!(Buffer::exact(LARGE.size).map(|buffer| buffer.len()), Some(LARGE.size));
         drop(many);
         assert_eq!(Buffer::up_to(20_000, None).len(), 20_000);
+        assert_eq!(Buffer::exact(LARGE.size).map(|buffer| buffer.len()), Some(LARGE.size));
+        assert!(Buffer::exact(LARGE.size + 1).is_none());
+    }
+
+    #[test]
+    fn copies_are_limited() {
+        let copies: Vec<_> = std::iter::from_fn(|| Buffer::copy(&[7; 10_000])).collect();
+        // The other test's small buffers count, too.
+        assert!((90..=COPIES / 10_000 + 1).contains(&copies.len()), "{}", copies.len());
+        assert!(copies.iter().all(|copy| **copy == [7; 10_000]));
+        drop(copies);
+        assert_eq!(Buffer::copy(b"abc").as_deref(), Some(&b"abc"[..]));
     }
 }
