@@ -349,7 +349,11 @@ fn repository_of_everything(dir: &Path) {
         File::regular("/usr/lib/systemd/system/ostree-remount.service", 0o644, unit),
     ];
     let twice = ["/opt/one", "/var/opt/one"].map(|path| File::regular(path, 0o644, ""));
-    for (name, files) in [("moved", moved), ("twice", twice.to_vec())] {
+    let overlay = vec![
+        File::regular("/usr/lib/systemd/system/ostree-state-overlay@.service", 0o644, unit),
+        File::regular("/usr/local/bin/own", 0o755, "own\n"),
+    ];
+    for (name, files) in [("moved", moved), ("twice", twice.to_vec()), ("overlay", overlay)] {
         Package { requires: vec![Dependency::any("filesystem")], ..package(name, files) }.write(dir).unwrap();
     }
     // Whose file it is, nobody knows.
@@ -513,6 +517,31 @@ add-files:
     let wants = "/usr/lib/systemd/system/multi-user.target.wants";
     let listed = ok(tool("ostree").args(["ls", "--repo"]).arg(dir.path().join("repo")).args(["test/host", wants]));
     assert!(listed.stdout.contains("ostree-remount.service -> ../ostree-remount.service"), "{}", listed.stdout);
+
+    let overlaid = |packages: &str| {
+        let text = format!("packages: [filesystem, setup, {packages}]\nopt-usrlocal: state-overlay\n");
+        let treefile = small(dir.path(), &text);
+        fs::write(&treefile, fs::read_to_string(&treefile).unwrap().replace("[demo]", "[demo, own]")).unwrap();
+        compose(dir.path(), &treefile)
+    };
+    ok(&mut overlaid("moved, overlay"));
+    assert_eq!(file(dir.path(), "/usr/lib/opt/tool/run"), "new\n");
+    assert_eq!(file(dir.path(), "/usr/local/bin/own"), "own\n");
+    let autovar = ["", "-1"].map(|part| format!("/usr/lib/tmpfiles.d/rpm-ostree{part}-autovar.conf"));
+    let autovar = autovar.map(|path| file(dir.path(), &path)).concat();
+    assert!(!autovar.contains("/var/opt/tool") && !autovar.contains("/var/usrlocal"), "{autovar}");
+    let requires = "/usr/lib/systemd/system/local-fs.target.requires";
+    let mut list = tool("ostree");
+    list.args(["ls", "--repo"]).arg(dir.path().join("repo")).args(["test/host", "/opt", requires]);
+    let listed = ok(&mut list).stdout;
+    for link in [
+        " /opt -> usr/lib/opt",
+        "@usr-lib-opt.service -> ../ostree-state-overlay@usr-lib-opt.service",
+        "@usr-local.service -> ../ostree-state-overlay@usr-local.service",
+    ] {
+        assert!(listed.contains(link), "{link}: {listed}");
+    }
+    fails(&mut overlaid("moved"), 3, "needs ostree-state-overlay@.service, which no package here has");
 
     for (text, reason) in [
         ("add-files: [[added, /usr/lib]]\n", "add-files: /usr/lib is a directory in the tree"),

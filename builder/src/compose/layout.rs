@@ -32,6 +32,8 @@ const LINKS: [(&str, &str); 8] = [
     ("ostree", "sysroot/ostree"),
     ("usr/local", "../var/usrlocal"),
 ];
+/// Where systemd finds its units.
+const UNITS: &str = "usr/lib/systemd/system";
 /// What else the root directory holds.
 const TOPLEVEL: [&str; 15] = [
     "bin", "boot", "dev", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "sysroot", "tmp", "usr",
@@ -130,17 +132,26 @@ pub fn arrange(tree: &Tree, treefile: &Treefile, volatile: &[Volatile]) -> Resul
     super::accounts::split(tree, treefile.etc_group_members.as_deref().unwrap_or_default())?;
     // The policy's tools make the labels of home directories of it.
     new_homes(tree)?;
-    let stay: &[&str] = if treefile.opt_usrlocal == Some(OptUsrLocal::Root) { &["opt", "usr/local"] } else { &[] };
-    let mut links = move_to_usr(tree, stay.is_empty())?;
+    let opt = treefile.opt_usrlocal.unwrap_or(OptUsrLocal::Var);
+    let stay: &[&str] = match opt {
+        OptUsrLocal::Var => &[],
+        OptUsrLocal::Root => &["opt", "usr/local"],
+        OptUsrLocal::StateOverlay => &["usr/local"],
+    };
+    let mut links = move_to_usr(tree, opt)?;
     if treefile.selinux.unwrap_or(true) {
         place_policy(tree)?;
     }
     remount(tree)?;
     for (link, target) in LINKS.into_iter().filter(|(link, _)| !stay.contains(link)) {
-        replace_directory(tree, link, target)?;
+        let in_usr = link == "opt" && opt == OptUsrLocal::StateOverlay;
+        replace_directory(tree, link, if in_usr { OPT } else { target })?;
     }
     for dir in stay {
         tree.directory(dir)?;
+    }
+    if opt == OptUsrLocal::StateOverlay {
+        overlay(tree)?;
     }
     tree.directory("sysroot")?;
     if treefile.tmp_is_dir.unwrap_or(false) {
@@ -151,7 +162,7 @@ pub fn arrange(tree: &Tree, treefile: &Treefile, volatile: &[Volatile]) -> Resul
     for entry in volatile {
         links.push(describe_volatile(entry)?);
     }
-    empty_var(tree, &accounts, stay.is_empty(), links)?;
+    empty_var(tree, &accounts, opt == OptUsrLocal::Var, links)?;
     // An empty machine-id makes systemd set one up at the first boot.
     if treefile.machineid_compat.unwrap_or(true) {
         tree.write("etc/machine-id", b"", 0o644)?;
@@ -233,10 +244,10 @@ fn names(tree: &Tree, path: &str) -> Result<Vec<String>> {
 
 /// Moves to /usr what packages have elsewhere and an update must bring; gives the lines of tmpfiles.d(5)
 /// that link it from where they had it.
-fn move_to_usr(tree: &Tree, opt: bool) -> Result<Vec<String>> {
+fn move_to_usr(tree: &Tree, opt: OptUsrLocal) -> Result<Vec<String>> {
     let mut links = Vec::new();
-    let packaged = if opt { names(tree, "opt")? } else { Vec::new() };
-    for name in &packaged {
+    let packaged = if opt == OptUsrLocal::Root { Vec::new() } else { names(tree, "opt")? };
+    for name in packaged.iter().filter(|_| opt == OptUsrLocal::Var) {
         if tree.entry(&format!("var/opt/{name}"))?.is_some() {
             reject!(
                 "packages have both /opt/{name} and /var/opt/{name}, which are one place in an OSTree-based system"
@@ -246,7 +257,8 @@ fn move_to_usr(tree: &Tree, opt: bool) -> Result<Vec<String>> {
         links.push(format!("L {link} - - - - ../../{OPT}/{}", escape(name)));
     }
     if !packaged.is_empty() {
-        tracing::info!("what packages have in /opt is in /{OPT}, with links to it");
+        let linked = if opt == OptUsrLocal::Var { ", with links to it" } else { "" };
+        tracing::info!("what packages have in /opt is in /{OPT}{linked}");
         merge(tree, "opt", OPT)?;
     }
     for name in OF_USR {
@@ -309,9 +321,26 @@ fn new_homes(tree: &Tree) -> Result<()> {
     tree.write("etc/default/useradd", text.lines().map(line).collect::<String>().as_bytes(), 0o644)
 }
 
+/// Has every node mount what its users and packages of its own write to /opt and /usr/local above what the commit
+/// has there (libostree, src/boot/ostree-state-overlay@.service; enabled as rpm-ostree does,
+/// tests/compose/test-state-overlays.sh).
+fn overlay(tree: &Tree) -> Result<()> {
+    const TEMPLATE: &str = "ostree-state-overlay@.service";
+    tree.directory(OPT)?;
+    if tree.entry(&format!("{UNITS}/{TEMPLATE}"))?.is_none() {
+        reject!(
+            "opt-usrlocal: state-overlay needs {TEMPLATE}, which no package here has (ostree 2024.1 and newer have it)"
+        );
+    }
+    for path in ["usr-lib-opt", "usr-local"] {
+        let unit = format!("ostree-state-overlay@{path}.service");
+        tree.link(&format!("{UNITS}/local-fs.target.requires/{unit}"), &format!("../{unit}"))?;
+    }
+    Ok(())
+}
+
 /// Enables what OSTree-based systems need at boot, whatever the distribution's presets say.
 fn remount(tree: &Tree) -> Result<()> {
-    const UNITS: &str = "usr/lib/systemd/system";
     for unit in ["ostree-finalize-staged.path", "ostree-remount.service"] {
         let wanted = format!("{UNITS}/multi-user.target.wants/{unit}");
         if tree.entry(&format!("{UNITS}/{unit}"))?.is_some() && tree.entry(&wanted)?.is_none() {

@@ -229,7 +229,7 @@ treefile! {
     /// Whether /tmp is a directory, not a link to sysroot/tmp; default false.
     "tmp-is-dir" tmp_is_dir: bool, first, Done;
     /// What /opt and /usr/local are; default var.
-    "opt-usrlocal" opt_usrlocal: OptUsrLocal, first, Only(&["var", "root"]);
+    "opt-usrlocal" opt_usrlocal: OptUsrLocal, first, Done;
     /// systemd units that are enabled.
     "units" units: Vec<String>, prepend, Done;
     /// systemd's default target.
