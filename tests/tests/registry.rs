@@ -91,9 +91,13 @@ fn only_what_is_new_moves_and_digests_are_the_same_everywhere() {
     let seen = door.seen();
     assert_eq!((count(&seen, "PATCH", ""), count(&seen, "PUT", "/manifests/again")), (0, 1), "{seen:#?}");
 
-    // The next: one layer, one config and two documents are uploaded, and no layer is downloaded but its start.
+    // Under the name of an image for one machine there is no place for others, and nothing is uploaded in vain.
     repo.commit(REF, "two");
-    door.seen();
+    fails(plain(&repo, &at("a/host:1")).arg("--index"), 2, "an image for one machine under that name");
+    let seen = door.seen();
+    assert_eq!((count(&seen, "PATCH", ""), count(&seen, "PUT", "")), (0, 0), "{seen:#?}");
+
+    // The next: one layer, one config and two documents are uploaded, and no layer is downloaded but its start.
     let second = ok(plain(&repo, &at("a/host:2")).args(["--previous", &at("a/host:1")])).json();
     let seen = door.seen();
     assert_eq!((&second["layers"], &second["fresh"]), (&3.into(), &false.into()));

@@ -109,19 +109,25 @@ pub fn platform(mut manifest: Descriptor, architecture: &str) -> Result<Descript
     Ok(manifest)
 }
 
+/// The image index `current`, which images for several machines go into; an empty one where there is none.
+///
+/// # Errors
+/// [`Usage`] when `current` is no image index.
+pub fn growing(current: Option<&[u8]>) -> Result<ImageIndex> {
+    match current.map(serde_json::from_slice::<ImageIndex>) {
+        None => index(Vec::new()),
+        Some(Ok(index)) => Ok(index),
+        Some(Err(_)) => Err(Usage("there is an image for one machine under that name: name another tag".into()).into()),
+    }
+}
+
 /// The image index `current`, with `manifest` in it: in place of the one for the same machine, if there is
 /// one. `manifest` has its platform.
 ///
 /// # Errors
-/// [`Usage`] when `current` is no image index.
+/// Those of [`growing`].
 pub fn add_to_index(current: Option<&[u8]>, manifest: Descriptor) -> Result<Vec<u8>> {
-    let mut index = match current.map(serde_json::from_slice::<ImageIndex>) {
-        None => index(Vec::new())?,
-        Some(Ok(index)) => index,
-        Some(Err(_)) => {
-            return Err(Usage("there is an image for one machine under that name: name another tag".into()).into());
-        }
-    };
+    let mut index = growing(current)?;
     let mut manifests = index.manifests().clone();
     manifests.retain(|other| machine(other) != machine(&manifest));
     manifests.push(manifest);

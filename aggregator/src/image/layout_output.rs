@@ -135,25 +135,33 @@ impl LayoutOutput {
         matches!(self.form, Form::Existing) && found
     }
 
+    /// The manifest or image index that has the tag already, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn named(&self) -> Result<Option<Vec<u8>>> {
+        if !matches!(self.form, Form::Existing) {
+            return Ok(None);
+        }
+        let layout = Layout::directory(&self.target)?;
+        let named = layout.images()?.into_iter().find(|image| layout::name(image) == self.tag.as_deref());
+        let Some(named) = named else { return Ok(None) };
+        let mut bytes = Vec::new();
+        layout.blob(&digest(&named)?, named.size(), 0)?.take(MAX_DOCUMENT).read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
+    }
+
     /// Adds the image that `manifest` describes to the image index that has the tag already, if there
     /// is one; gives what describes the index.
     ///
     /// # Errors
     /// [`Usage`] when the tag names something else; else when the index cannot be written.
     pub fn add_to_index(&mut self, manifest: Descriptor) -> Result<Descriptor> {
-        let mut current = None;
         if matches!(self.form, Form::Existing) {
             // Other writers of the same layout wait here, to the end of this one.
             self.lock()?;
-            let layout = Layout::directory(&self.target)?;
-            let named = layout.images()?.into_iter().find(|image| layout::name(image) == self.tag.as_deref());
-            if let Some(named) = named {
-                let mut bytes = Vec::new();
-                layout.blob(&digest(&named)?, named.size(), 0)?.take(MAX_DOCUMENT).read_to_end(&mut bytes)?;
-                current = Some(bytes);
-            }
         }
-        let index = document::add_to_index(current.as_deref(), manifest)?;
+        let index = document::add_to_index(self.named()?.as_deref(), manifest)?;
         let digest = Digest::of(&index);
         self.blob(index.len() as u64, &mut |out| {
             out.write_all(&index)?;

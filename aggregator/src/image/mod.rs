@@ -166,6 +166,9 @@ fn assemble(args: &ImageArgs) -> Result<Printed> {
         let (server, source) = (scope.spawn(|| server.read()), scope.spawn(|| source.walk()));
         // Before the image there is read: who may write may read, so one token is enough.
         let output = Output::create(&reference, &registries)?;
+        if args.index {
+            output.takes_machines()?;
+        }
         let previous = wanted.and_then(|wanted| Previous::open(&wanted, &registries).transpose()).transpose()?;
         let panicked = |_| anyhow!("a thread panicked");
         let (server, source) = (server.join().map_err(panicked)?, source.join().map_err(panicked)?);

@@ -41,6 +41,18 @@ impl Output {
         Ok(Self::Registry(Box::new(RegistryOutput::new(registries.open(name, true)?))))
     }
 
+    /// Makes sure that images for several machines can be under its name, long before this one is.
+    ///
+    /// # Errors
+    /// [`Usage`] when there is an image for one; else when it cannot be read.
+    pub fn takes_machines(&self) -> Result<()> {
+        let named = match self {
+            Self::Layout(layout) => layout.named()?,
+            Self::Registry(registry) => registry.named()?,
+        };
+        document::growing(named.as_deref()).map(drop)
+    }
+
     /// Stores a blob of exactly `size` bytes. For a registry a large one is written twice: once for its
     /// digest, and then, unless the registry has it, into the upload; so it never lies on a disk.
     ///

@@ -61,6 +61,14 @@ impl RegistryOutput {
         Ok(digest)
     }
 
+    /// The manifest or image index that the tag names already, if there is one.
+    ///
+    /// # Errors
+    /// When the registry does not give it.
+    pub fn named(&self) -> Result<Option<Vec<u8>>> {
+        self.registry.tagged(self.registry.tag())
+    }
+
     /// Lets a blob wait for others.
     ///
     /// # Errors
