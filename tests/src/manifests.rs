@@ -27,7 +27,7 @@ pub fn refreshed(root: &Path) -> Vec<(PathBuf, String)> {
         }
         let mut text = fs::read_to_string(&path).unwrap();
         for image in ["builder", "aggregator"] {
-            text = with_version(&text, &format!("localhost/oscontainer-{image}:"));
+            text = with_version(&text, &format!("oscontainer-{image}:"));
         }
         text = with_hash(&text, "treefile-", &hash);
         text = with_dockerfile(&text, &containerfile);
@@ -127,13 +127,13 @@ fn with_version(text: &str, image: &str) -> String {
     new
 }
 
-/// The text with `dockerfile` as the block of that key, if it has one.
+/// The text with `dockerfile` as the block of that key, wherever it has one.
 fn with_dockerfile(text: &str, dockerfile: &str) -> String {
     let key = "    dockerfile: |\n";
     let Some((before, rest)) = text.split_once(key) else { return text.to_owned() };
     let inside = |line: &&str| line.is_empty() || line.starts_with("      ");
     let length: usize = rest.split('\n').take_while(inside).map(|line| line.len() + 1).sum();
-    format!("{before}{key}{}{}", indented(dockerfile, 6), &rest[length..])
+    format!("{before}{key}{}{}", indented(dockerfile, 6), with_dockerfile(&rest[length..], dockerfile))
 }
 
 fn indented(text: &str, by: usize) -> String {

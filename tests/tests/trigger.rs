@@ -12,6 +12,7 @@ use oscontainer_artifact::digest::Digest;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+const AGGREGATOR: &str = concat!("oscontainer-aggregator:", env!("CARGO_PKG_VERSION"));
 const TOKEN: &str = "the-pods-token";
 const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
 
@@ -138,18 +139,127 @@ fn a_run_starts_the_aggregation_job() {
     assert_eq!(setting.cluster.list("Job", OTHER).len(), 2);
 }
 
-#[test]
-fn a_run_instantiates_the_build() {
+/// A cluster with the two BuildConfigs, and the aggregator's image.
+fn openshift() -> Setting {
     let setting = Setting::new();
     let openshift = source_dir().join("manifests/openshift");
     setting.cluster.put_files([openshift.join("00-rights.yaml").as_path(), &openshift.join("40-build.yaml")]);
+    setting.cluster.put_image(OTHER, AGGREGATOR, json!({}), &layers("server", 1));
+    setting
+}
+
+/// The digests of so many layers.
+fn layers(name: &str, count: usize) -> Vec<String> {
+    (0..count).map(|number| Digest::of(format!("{name} {number}").as_bytes()).to_string()).collect()
+}
+
+fn argument_list(build: &Value) -> Vec<(&str, &str)> {
+    let arguments = build["spec"]["strategy"]["dockerStrategy"]["buildArgs"].as_array().unwrap();
+    arguments.iter().map(|one| (one["name"].as_str().unwrap(), one["value"].as_str().unwrap())).collect()
+}
+
+#[test]
+fn updates_are_built_upon_the_image_there_is() {
+    let setting = openshift();
+    let cluster = &setting.cluster;
+    let there = ["--trigger", "buildconfig/oscontainer", "--trigger-namespace", OTHER];
+    let commit = std::cell::RefCell::new(String::new());
+    // A run, what it says, and the BuildConfig of the build that it starts, if it does; that ends at once.
+    let started = |phase: &str| {
+        let before = cluster.list("Build", OTHER);
+        let done = ok(&mut setting.run(&there));
+        *commit.borrow_mut() = done.json()["commit"].as_str().unwrap().to_owned();
+        let builds = cluster.list("Build", OTHER);
+        let new =
+            builds.iter().find(|build| before.iter().all(|old| old["metadata"]["name"] != build["metadata"]["name"]));
+        let config = new.map(|build| {
+            let name = build["metadata"]["name"].as_str().unwrap();
+            cluster.set_status("Build", OTHER, name, json!({"phase": phase}));
+            let from = build["spec"]["strategy"]["dockerStrategy"]["from"]["name"].as_str().unwrap();
+            let stream = from.rsplit_once('/').unwrap().1.split_once('@').unwrap().0;
+            (build["metadata"]["labels"]["buildconfig"].as_str().unwrap().to_owned(), stream.to_owned())
+        });
+        (config, done.stderr)
+    };
+    let whole = Some(("oscontainer".to_owned(), "oscontainer-aggregator".to_owned()));
+    let update = Some(("oscontainer-next".to_owned(), "oscontainer".to_owned()));
+    let image = |labels: Value, server: &str, count: usize| {
+        let layers = [layers(server, 1), layers("host", count)].concat();
+        cluster.put_image(OTHER, "oscontainer:host", labels, &layers);
+    };
+    let of_before = || json!({"ostree.ref": "test/host", "ostree.commit": "another"});
+
+    // Before it has ended, the next waits behind it.
+    assert_eq!(started("Running").0, whole);
+    image(of_before(), "server", 1);
+    let (config, said) = started("Complete");
+    assert_eq!(config, whole);
+    assert!(said.contains("builds of oscontainer are under way"), "{said}");
+    for build in cluster.list("Build", OTHER) {
+        cluster.set_status("Build", OTHER, build["metadata"]["name"].as_str().unwrap(), json!({"phase": "Complete"}));
+    }
+    image(of_before(), "server", 63);
+    assert_eq!(started("Pending").0, update);
+    image(of_before(), "server", 64);
+    assert_eq!(started("Complete").0, update, "one is under way");
+    for build in cluster.list("Build", OTHER) {
+        cluster.set_status("Build", OTHER, build["metadata"]["name"].as_str().unwrap(), json!({"phase": "Failed"}));
+    }
+    for (labels, server, count, why) in [
+        (of_before(), "server", 64, "has 65 layers"),
+        (json!({"ostree.ref": "other/host"}), "server", 1, "has the ref \"other/host\""),
+        (json!(null), "server", 1, "has the ref \"\""),
+        (of_before(), "older server", 1, "began with another image of the aggregator"),
+    ] {
+        image(labels, server, count);
+        let (config, said) = started("Cancelled");
+        assert_eq!(config, whole, "{why}");
+        assert!(said.contains(&format!("the image begins anew: the one there is {why}")), "{why}: {said}");
+    }
+    // What it has already is not built again.
+    image(json!({"ostree.ref": "test/host", "ostree.commit": *commit.borrow()}), "server", 3);
+    let (config, said) = started("Complete");
+    assert!(config.is_none() && said.contains(&format!("has the commit {} already", commit.borrow())), "{said}");
+    // Without the annotation there is one BuildConfig.
+    image(of_before(), "server", 3);
+    let configs = cluster.list("BuildConfig", OTHER);
+    let mut config = configs.into_iter().find(|config| config["metadata"]["name"] == "oscontainer").unwrap();
+    config["metadata"]["annotations"] = json!({"oscontainer/next": "../other"});
+    cluster.put(config.clone());
+    fails(
+        &mut setting.run(&there),
+        3,
+        "the annotation oscontainer/next of the BuildConfig oscontainer says \"../other\"",
+    );
+    config["metadata"]["annotations"] = json!({});
+    cluster.put(config);
+    assert_eq!(started("Complete").0, whole);
+}
+
+#[test]
+fn a_run_instantiates_the_build() {
+    let setting = openshift();
     let there = ["--trigger", "buildconfig/oscontainer", "--trigger-namespace", OTHER];
     let result = ok(&mut setting.run(&there)).json();
     let build = setting.cluster.one("Build", OTHER, "oscontainer-");
-    let arguments = json!([{"name": "ARTIFACT_URL", "value": result["manifestUrl"]},
-        {"name": "ARTIFACT_DIGEST", "value": result["manifestDigest"]}]);
-    assert_eq!(build["spec"]["strategy"]["dockerStrategy"]["buildArgs"], arguments);
-    assert_eq!(setting.cluster.refused(), Vec::<String>::new());
+    let mut given = argument_list(&build);
+    given.sort();
+    let text = |key: &str| result[key].as_str().unwrap();
+    let expected = [
+        ("ARTIFACT_DIGEST", text("manifestDigest")),
+        ("ARTIFACT_URL", text("manifestUrl")),
+        ("COMMIT", text("commit")),
+        ("OSCONTAINER_CA_FILE", "/service-ca/service-ca.crt"),
+        ("REF", "test/host"),
+        ("VERSION", "1"),
+    ];
+    assert_eq!(given, expected);
+    // There is no image yet, and nothing else was asked for in vain.
+    let refused = setting.cluster.refused();
+    assert!(
+        refused.len() == 1 && refused[0].ends_with("404 imagestreamtags \"oscontainer:host\" not found"),
+        "{refused:?}"
+    );
 
     // Of all else it has no right. What was published stays, and the message says what happened.
     for (trigger, namespace) in [

@@ -6,6 +6,7 @@
 //!     run ─▶ events, trigger           the same from inside, without following
 //!     rollout ─▶ events                the aggregation Job's last step
 
+mod build;
 mod bundle;
 pub mod events;
 mod follow;

@@ -22,7 +22,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::bundle::Bundle;
 use super::follow::{self, Ended, Left, NotStarted, Watched};
 use super::template::{self, Changes};
-use super::trigger::{self, Target};
+use super::trigger::{self, Started, Target};
 use super::{Access, SILENCE, patiently, told};
 use crate::publish::Published;
 use crate::treefile::Machine;
@@ -363,7 +363,14 @@ async fn follow_all(
     if let Some(target) = &args.aggregate {
         let namespace = &args.aggregate_namespace;
         let composed = (&published, made.job.metadata.uid.as_deref());
-        let watched = trigger::start(&access.client(), namespace, target, composed).await?;
+        let watched = match trigger::start(&access.client(), namespace, target, composed).await? {
+            Started::Follow(watched) => watched,
+            Started::Before(there) => {
+                submitted.digest = Some(there.digest);
+                submitted.image = Some(there.image);
+                return Ok(submitted);
+            }
+        };
         if !watched.before {
             started.push((namespace.clone(), watched.clone()));
         }

@@ -1,5 +1,5 @@
 //! What comes after publishing: an OpenShift build, or a Job made of the suspended CronJob
-//! that is its template. Either is told the artifact's URL and digest, and nothing else.
+//! that is its template. Either is told the artifact's URL and digest; what they make is decided by nothing else.
 
 use std::cell::Cell;
 use std::fmt;
@@ -14,15 +14,14 @@ use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client, ResourceExt};
 use oscontainer_artifact::digest::Digest;
 use oscontainer_program::{reject, stop};
-use serde_json::{Value, json};
 
-use super::{builds, jobs, patiently, told};
+use super::{build, jobs, patiently, told};
 use crate::cluster::follow::Watched;
 use crate::publish::Published;
 
 /// The variables, and build arguments, that name the artifact.
-const URL: &str = "ARTIFACT_URL";
-const DIGEST: &str = "ARTIFACT_DIGEST";
+pub const URL: &str = "ARTIFACT_URL";
+pub const DIGEST: &str = "ARTIFACT_DIGEST";
 /// Digits of a digest in a Job's name, which has at most 63 letters.
 const DIGITS: usize = 10;
 
@@ -78,7 +77,7 @@ pub struct TriggerOptions {
 }
 
 impl TriggerOptions {
-    /// Starts what is to be started, for the Job with the uid `by`; gives its name.
+    /// Starts what is to be started, for the Job with the uid `by`; gives its name, if there was anything to do.
     ///
     /// # Errors
     /// As [`start`].
@@ -89,8 +88,10 @@ impl TriggerOptions {
         runtime.block_on(stop::or(async {
             let client = super::connect(None).await?;
             let namespace = self.trigger_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
-            let started = start(&client, &namespace, target, (published, by)).await?;
-            Ok(Some(format!("{started} in {namespace}")))
+            Ok(match start(&client, &namespace, target, (published, by)).await? {
+                Started::Follow(watched) => Some(format!("{watched} in {namespace}")),
+                Started::Before(_) => None,
+            })
         }))
     }
 }
@@ -98,44 +99,36 @@ impl TriggerOptions {
 /// What was published, and the uid of the Job that composed it, if it was one.
 type Composed<'a> = (&'a Published, Option<&'a str>);
 
-/// Starts `target` in `namespace` for what was published; gives what is to be followed.
+/// An image in a cluster's registry.
+pub struct Image {
+    /// Its name, with the digest.
+    pub image: String,
+    /// The digest.
+    pub digest: String,
+}
+
+/// What comes of starting an aggregation.
+pub enum Started {
+    /// What is to be followed.
+    Follow(Watched),
+    /// Nothing: this image has the commit already.
+    Before(Image),
+}
+
+/// Starts `target` in `namespace` for what was published.
 ///
 /// # Errors
 /// Rejected when the cluster has or allows no such thing.
-pub async fn start(client: &Client, namespace: &str, target: &Target, composed: Composed<'_>) -> Result<Watched> {
+pub async fn start(client: &Client, namespace: &str, target: &Target, composed: Composed<'_>) -> Result<Started> {
     let started = match target {
-        Target::BuildConfig(name) => instantiate(client, namespace, name, composed.0).await,
-        Target::CronJob(name) => make_job(client, namespace, name, composed).await,
+        Target::BuildConfig(name) => build::instantiate(client, namespace, name, composed.0).await,
+        Target::CronJob(name) => make_job(client, namespace, name, composed).await.map(Started::Follow),
     };
     let started = started.with_context(|| format!("starting {target} in {namespace}"))?;
-    tracing::info!("started {started} in {namespace}");
+    if let Started::Follow(watched) = &started {
+        tracing::info!("started {watched} in {namespace}");
+    }
     Ok(started)
-}
-
-/// OpenShift's `buildconfigs/instantiate`, which takes a BuildRequest and gives a Build.
-async fn instantiate(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Watched> {
-    let body = json!({
-        "apiVersion": "build.openshift.io/v1",
-        "kind": "BuildRequest",
-        "metadata": {"name": name, "namespace": namespace},
-        "triggeredBy": [{"message": format!("oscontainer published {}", published.manifest_digest)}],
-        "dockerStrategyOptions": {"buildArgs": [
-            {"name": URL, "value": published.manifest_url},
-            {"name": DIGEST, "value": published.manifest_digest},
-        ]},
-    });
-    let path = format!("/apis/build.openshift.io/v1/namespaces/{namespace}/buildconfigs/{name}/instantiate");
-    let request = || {
-        let request = axum::http::Request::post(&path).header("content-type", "application/json");
-        request.body(body.to_string().into_bytes()).map_err(kube::Error::HttpError)
-    };
-    // Where the answer got lost there are two builds; the second changes nothing.
-    let build: Value = patiently(async || client.request(request()?).await).await.map_err(told)?;
-    let Some(build) = build["metadata"]["name"].as_str() else {
-        reject!("the cluster's answer names no build");
-    };
-    let pods = format!("openshift.io/build.name={build}");
-    Ok(Watched { resource: builds(), name: build.to_owned(), pods, before: false })
 }
 
 /// A Job of the CronJob's template. Its name ends in a digest of the artifact's and of who

@@ -17,6 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
+use oscontainer_artifact::digest::Digest;
 use serde_json::{Value, json};
 
 use crate::authority::Authority;
@@ -122,6 +123,23 @@ impl Kubernetes {
             let text = std::fs::read_to_string(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
             crate::manifests::documents(&text).into_iter().for_each(|object| self.put(object));
         }
+    }
+
+    /// Has an image stream's tag name an image with these labels and layers, as a push does.
+    pub fn put_image(&self, namespace: &str, tag: &str, labels: Value, layers: &[String]) {
+        let (stream, _) = tag.split_once(':').expect("STREAM:TAG");
+        let digest = Digest::of(format!("{tag} {labels} {layers:?}").as_bytes()).to_string();
+        let layers = layers.iter().map(|name| json!({"name": name, "size": 1, "mediaType": "x"}));
+        self.put(json!({
+            "apiVersion": "image.openshift.io/v1", "kind": "ImageStreamTag",
+            "metadata": {"name": tag, "namespace": namespace},
+            "image": {
+                "metadata": {"name": digest},
+                "dockerImageReference": format!("registry.example:5000/{namespace}/{stream}@{digest}"),
+                "dockerImageLayers": layers.collect::<Vec<_>>(),
+                "dockerImageMetadata": {"Config": {"Labels": labels}},
+            },
+        }));
     }
 
     /// Deletes an object, as somebody else may.

@@ -24,7 +24,7 @@ pub struct Kind {
 }
 
 /// What the manifests and our programs use.
-pub const KINDS: [Kind; 20] = [
+pub const KINDS: [Kind; 21] = [
     kind("Namespace", "v1", "namespaces", false),
     kind("Pod", "v1", "pods", true),
     kind("Service", "v1", "services", true),
@@ -50,6 +50,7 @@ pub const KINDS: [Kind; 20] = [
     kind("TokenReview", "authentication.k8s.io/v1", "tokenreviews", false),
     kind("BuildConfig", "build.openshift.io/v1", "buildconfigs", true),
     kind("Build", "build.openshift.io/v1", "builds", true),
+    kind("ImageStreamTag", "image.openshift.io/v1", "imagestreamtags", true),
 ];
 
 const fn kind(kind: &'static str, api_version: &'static str, plural: &'static str, namespaced: bool) -> Kind {

@@ -1,5 +1,6 @@
 //! Requests: who asks, whether they may, and the answer.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
@@ -259,12 +260,31 @@ fn instantiate(store: &mut Store, target: &Target<'_>, request: &Value) -> Resul
     if request["kind"] != "BuildRequest" || request["metadata"]["name"] != config["metadata"]["name"] {
         return Err(Refused(400, "BadRequest", format!("not a BuildRequest for this: {request}")));
     }
-    let name = store.new_name(&format!("{}-", config["metadata"]["name"].as_str().unwrap()));
     let mut strategy = config["spec"]["strategy"].clone();
-    strategy["dockerStrategy"]["buildArgs"] = request["dockerStrategyOptions"]["buildArgs"].clone();
+    let from = &mut strategy["dockerStrategy"]["from"];
+    if from["kind"] == "ImageStreamTag" {
+        let name = from["name"].as_str().unwrap_or_default();
+        let Some(tag) = store.get("ImageStreamTag", &target.namespace, name) else {
+            return Err(Refused(404, "NotFound", format!("imagestreamtags.image.openshift.io \"{name}\" not found")));
+        };
+        *from = json!({"kind": "DockerImage", "name": tag["image"]["dockerImageReference"]});
+    }
+    // Those of the request are added, or take the place of the BuildConfig's (origin, pkg/build/generator, updateBuildArgs).
+    let arguments = &mut strategy["dockerStrategy"]["buildArgs"];
+    let mut merged: BTreeMap<String, Value> = BTreeMap::new();
+    for argument in
+        [&*arguments, &request["dockerStrategyOptions"]["buildArgs"]].into_iter().filter_map(Value::as_array)
+    {
+        merged.extend(argument.iter().map(|one| (one["name"].as_str().unwrap_or_default().to_owned(), one.clone())));
+    }
+    *arguments = merged.into_values().collect();
+    let config = &config["metadata"]["name"];
+    let name = store.new_name(&format!("{}-", config.as_str().unwrap()));
     let build = json!({
         "apiVersion": "build.openshift.io/v1", "kind": "Build",
-        "metadata": {"name": name, "namespace": target.namespace},
+        "metadata": {"name": name, "namespace": target.namespace, "labels": {
+            "buildconfig": config, "openshift.io/build-config.name": config, "openshift.io/build.start-policy": "SerialLatestOnly",
+        }},
         "spec": {"strategy": strategy, "triggeredBy": request["triggeredBy"]},
         "status": {"phase": "New"},
     });

@@ -7,11 +7,14 @@ use serde_json::{Value, json};
 
 use crate::{DIGEST, Running, Setting, published, text};
 
-/// A cluster with the BuildConfig, in which Jane may start builds.
+const AGGREGATOR: &str = concat!("oscontainer-aggregator:", env!("CARGO_PKG_VERSION"));
+
+/// A cluster with the BuildConfigs, in which Jane may start builds.
 fn openshift() -> Setting {
     let setting = Setting::new();
     let openshift = source_dir().join("manifests/openshift");
     setting.cluster.put_files([openshift.join("00-rights.yaml").as_path(), &openshift.join("40-build.yaml")]);
+    setting.cluster.put_image(OTHER, AGGREGATOR, json!({}), &["sha256:server".to_owned()]);
     setting.cluster.put(json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
         "metadata": {"name": "jane-builds", "namespace": OTHER},
@@ -43,9 +46,14 @@ fn a_build_on_openshift_is_followed() {
     let setting = openshift();
     let cluster = &setting.cluster;
     let (submit, build, pod) = building(&setting);
-    let arguments = json!([{"name": "ARTIFACT_URL", "value": published()["manifestUrl"]},
-        {"name": "ARTIFACT_DIGEST", "value": DIGEST}]);
-    assert_eq!(build["spec"]["strategy"]["dockerStrategy"]["buildArgs"], arguments);
+    let arguments = build["spec"]["strategy"]["dockerStrategy"]["buildArgs"].as_array().unwrap();
+    for argument in [
+        json!({"name": "ARTIFACT_URL", "value": published()["manifestUrl"]}),
+        json!({"name": "ARTIFACT_DIGEST", "value": DIGEST}),
+        json!({"name": "OSCONTAINER_CA_FILE", "value": "/service-ca/service-ca.crt"}),
+    ] {
+        assert!(arguments.contains(&argument), "{argument}: {arguments:?}");
+    }
     let digest = format!("sha256:{}", "e".repeat(64));
     cluster.set_container(OTHER, &pod, "Succeeded", "docker-build", json!({"terminated": {"exitCode": 0}}));
     cluster.set_status(
@@ -58,7 +66,26 @@ fn a_build_on_openshift_is_followed() {
     let done = submit.done();
     assert_eq!(done.code, 0, "{done:?}");
     assert_eq!(done.json()["digest"], digest.as_str());
-    assert!(cluster.refused().iter().all(|why| why.contains("/log")), "{:?}", cluster.refused());
+    let refused = cluster.refused();
+    assert!(refused.iter().all(|why| why.contains("/log") || why.contains("404 imagestreamtags")), "{refused:?}");
+}
+
+/// The image has the commit already: nothing is built, and the result names it.
+#[test]
+fn what_the_image_has_is_not_built_again() {
+    let setting = openshift();
+    let published = published();
+    let labels = json!({"ostree.ref": published["ref"], "ostree.commit": published["commit"]});
+    let layers = ["sha256:server", "sha256:host"].map(str::to_owned);
+    setting.cluster.put_image(OTHER, "oscontainer:host", labels, &layers);
+    let (submit, job) = setting.submitting(&["--aggregate", "buildconfig/oscontainer"]);
+    let pod = setting.running(&job, "compose");
+    setting.end(&job, &pod, "compose", 0, &published);
+    let done = submit.done();
+    let (image, result) = (setting.cluster.one("ImageStreamTag", OTHER, "oscontainer:host"), done.json());
+    assert_eq!(result["digest"], image["image"]["metadata"]["name"], "{done:?}");
+    assert_eq!(result["image"], image["image"]["dockerImageReference"]);
+    assert_eq!(setting.cluster.list("Build", OTHER), Vec::<Value>::new());
 }
 
 /// What somebody else cancelled while no watch told it: the list has it, and does not say what it is.
