@@ -1,8 +1,10 @@
 //! What only object stores do: they fail now and then, several endpoints may share one, tokens
 //! expire.
 
+use std::fs::{self, File};
+use std::net::TcpListener;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use e2e::endpoint::{Endpoint, Reply, bearer, curl, file, manifest, noise, packed};
 use e2e::registry::{Door, Trouble};
@@ -254,4 +256,23 @@ fn what_is_missing_for_a_store_is_named() {
     let ca = [("AWS_CA_BUNDLE", "/nonexistent.pem")];
     fails(&mut start("s3://x", &ca), 1, "AWS_CA_BUNDLE /nonexistent.pem");
     fails(&mut start("s3://x", &[("AWS_CA_BUNDLE", "/dev/null")]), 3, "AWS_CA_BUNDLE /dev/null holds no certificate");
+}
+
+/// A Keystone that takes connections and says nothing does not hold up the start for ever, nor a stop at all.
+#[test]
+fn a_silent_login_is_given_up() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let mut command = builder();
+    command.args(["endpoint", "--listen", &e2e::free_address(), "--store", "swift://x"]);
+    command.env("ST_AUTH", format!("http://{}/auth/v1.0", silent.local_addr().unwrap()));
+    command.env("ST_USER", "a:b").env("ST_KEY", "c").stderr(File::create(&log).unwrap());
+    let mut endpoint = command.spawn().unwrap();
+    let said = || fs::read_to_string(&log).unwrap();
+    wait_for(|| said().contains("next try in 1 s: logging in to Swift: no answer in time"), "the first try to end");
+    ok(tool("kill").args(["-s", "TERM", &endpoint.id().to_string()]));
+    let begun = Instant::now();
+    assert!(!endpoint.wait().unwrap().success(), "{}", said());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }
