@@ -4,6 +4,8 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::thread;
+use std::time::Duration;
 
 use oscontainer_artifact::digest::{Checksum, Digest};
 use oscontainer_artifact::manifest::{MEDIA_TYPE, Manifest, TARBALL_MEDIA_TYPE, Tarball};
@@ -141,8 +143,20 @@ impl Endpoint {
     #[track_caller]
     pub fn store(&self, name: &str, version: &str, tarball: &[u8]) -> Vec<u8> {
         let bytes = manifest(name, version, tarball);
-        assert_eq!(self.put(&file(name, version, "repo.tar"), tarball).status, 201);
-        assert_eq!(self.put(&file(name, version, "manifest.json"), &bytes).status, 201);
+        for (name, content) in
+            [(file(name, version, "repo.tar"), tarball), (file(name, version, "manifest.json"), &bytes)]
+        {
+            let mut reply = self.put(&name, content);
+            // Beside other work Keystone may take longer over a token than that lives, and clients come again.
+            let mut tries = if self.place.kind == Kind::Keystone { 10 } else { 0 };
+            while reply.status == 503 && tries > 0 {
+                thread::sleep(Duration::from_secs(1));
+                reply = self.put(&name, content);
+                tries -= 1;
+            }
+            let text = String::from_utf8_lossy(&reply.body);
+            assert_eq!(reply.status, 201, "{name}: {text}; the log: {}", self.log());
+        }
         bytes
     }
 

@@ -115,6 +115,18 @@ fn builds_and_image_go_on_with_one_another() {
     found.sort_unstable();
     assert_eq!(found, expected);
 
+    // Another ref has no place in it, and nothing is fetched in vain.
+    let rootfs = dir.path().join("two.unpacked/rootfs");
+    unpack(&two, dir.path().join("two.unpacked"));
+    let mut other = Artifact::of(&repo.path);
+    other.manifest.ref_name = "other/host".to_owned();
+    let other = other.serve(&builds.server, "/other");
+    let mut fetch = aggregator();
+    fetch.args(["fetch", &other.url, "--digest", &other.digest, "--output"]).arg(rootfs.join("srv/repo"));
+    fetch.arg("--layer-index").arg(rootfs.join("usr/share/oscontainer/layers"));
+    let reason = format!("the image has the ref {REF}, and the artifact other/host: build it without PREVIOUS");
+    fails(&mut fetch, 3, &reason);
+
     // The next image, without a container build.
     let third = repo.commit(REF, "three");
     let out = dir.path().join("three");

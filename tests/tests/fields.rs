@@ -529,7 +529,7 @@ add-files:
     assert_eq!(file(dir.path(), "/usr/local/bin/own"), "own\n");
     let autovar = ["", "-1"].map(|part| format!("/usr/lib/tmpfiles.d/rpm-ostree{part}-autovar.conf"));
     let autovar = autovar.map(|path| file(dir.path(), &path)).concat();
-    assert!(!autovar.contains("/var/opt/tool") && !autovar.contains("/var/usrlocal"), "{autovar}");
+    assert!(!autovar.contains("/var/opt/tool") && !autovar.contains("d /var/usrlocal"), "{autovar}");
     let requires = "/usr/lib/systemd/system/local-fs.target.requires";
     let mut list = tool("ostree");
     list.args(["ls", "--repo"]).arg(dir.path().join("repo")).args(["test/host", "/opt", requires]);
@@ -540,6 +540,13 @@ add-files:
         "@usr-local.service -> ../ostree-state-overlay@usr-local.service",
     ] {
         assert!(listed.contains(link), "{link}: {listed}");
+    }
+    // Old paths lead there, where no package has them.
+    assert!(!autovar.contains("L /var/opt "), "{autovar}");
+    ok(&mut overlaid("overlay"));
+    let autovar = file(dir.path(), "/usr/lib/tmpfiles.d/rpm-ostree-1-autovar.conf");
+    for line in ["L /var/opt - - - - ../usr/lib/opt", "L /var/usrlocal - - - - ../usr/local"] {
+        assert!(autovar.lines().any(|found| found == line), "{line}: {autovar}");
     }
     fails(&mut overlaid("moved"), 3, "needs ostree-state-overlay@.service, which no package here has");
 

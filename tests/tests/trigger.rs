@@ -163,12 +163,12 @@ fn updates_are_built_upon_the_image_there_is() {
     let setting = openshift();
     let cluster = &setting.cluster;
     let there = ["--trigger", "buildconfig/oscontainer", "--trigger-namespace", OTHER];
-    let commit = std::cell::RefCell::new(String::new());
+    let artifact = std::cell::RefCell::new(String::new());
     // A run, what it says, and the BuildConfig of the build that it starts, if it does; that ends at once.
     let started = |phase: &str| {
         let before = cluster.list("Build", OTHER);
         let done = ok(&mut setting.run(&there));
-        *commit.borrow_mut() = done.json()["commit"].as_str().unwrap().to_owned();
+        *artifact.borrow_mut() = done.json()["manifestDigest"].as_str().unwrap().to_owned();
         let builds = cluster.list("Build", OTHER);
         let new =
             builds.iter().find(|build| before.iter().all(|old| old["metadata"]["name"] != build["metadata"]["name"]));
@@ -187,7 +187,19 @@ fn updates_are_built_upon_the_image_there_is() {
         let layers = [layers(server, 1), layers("host", count)].concat();
         cluster.put_image(OTHER, "oscontainer:host", labels, &layers);
     };
-    let of_before = || json!({"ostree.ref": "test/host", "ostree.commit": "another"});
+    let of_before = || json!({"ostree.ref": "test/host", "oscontainer.artifact": "another"});
+    let end = |phase: &str| {
+        for build in cluster.list("Build", OTHER) {
+            if ["Running", "Pending", "New"].iter().any(|unfinished| build["status"]["phase"] == *unfinished) {
+                cluster.set_status(
+                    "Build",
+                    OTHER,
+                    build["metadata"]["name"].as_str().unwrap(),
+                    json!({"phase": phase}),
+                );
+            }
+        }
+    };
 
     // Before it has ended, the next waits behind it.
     assert_eq!(started("Running").0, whole);
@@ -195,33 +207,53 @@ fn updates_are_built_upon_the_image_there_is() {
     let (config, said) = started("Complete");
     assert_eq!(config, whole);
     assert!(said.contains("builds of oscontainer are under way"), "{said}");
-    for build in cluster.list("Build", OTHER) {
-        cluster.set_status("Build", OTHER, build["metadata"]["name"].as_str().unwrap(), json!({"phase": "Complete"}));
-    }
-    image(of_before(), "server", 63);
+    end("Complete");
+    image(of_before(), "server", 62);
     assert_eq!(started("Pending").0, update);
-    image(of_before(), "server", 64);
+    image(of_before(), "server", 63);
     assert_eq!(started("Complete").0, update, "one is under way");
-    for build in cluster.list("Build", OTHER) {
-        cluster.set_status("Build", OTHER, build["metadata"]["name"].as_str().unwrap(), json!({"phase": "Failed"}));
-    }
+    // What cannot be added to is not, whatever is under way.
     for (labels, server, count, why) in [
-        (of_before(), "server", 64, "has 65 layers"),
-        (json!({"ostree.ref": "other/host"}), "server", 1, "has the ref \"other/host\""),
-        (json!(null), "server", 1, "has the ref \"\""),
-        (of_before(), "older server", 1, "began with another image of the aggregator"),
+        (json!({"ostree.ref": "other/host"}), "server", 1, "the one there is has the ref \"other/host\""),
+        (json!(null), "server", 1, "the one there is has the ref \"\""),
+        (of_before(), "older server", 1, "the one there is began with another image of the aggregator"),
     ] {
         image(labels, server, count);
         let (config, said) = started("Cancelled");
         assert_eq!(config, whole, "{why}");
-        assert!(said.contains(&format!("the image begins anew: the one there is {why}")), "{why}: {said}");
+        assert!(said.contains(&format!("the image begins anew: {why}")), "{why}: {said}");
     }
-    // What it has already is not built again.
-    image(json!({"ostree.ref": "test/host", "ostree.commit": *commit.borrow()}), "server", 3);
+    end("Complete");
+    image(of_before(), "server", 63);
     let (config, said) = started("Complete");
-    assert!(config.is_none() && said.contains(&format!("has the commit {} already", commit.borrow())), "{said}");
-    // Without the annotation there is one BuildConfig.
+    assert_eq!(config, whole);
+    assert!(said.contains("the image begins anew: the one there is has 64 layers"), "{said}");
+    // After a build upon it that failed comes a whole one, and then again an update.
+    image(of_before(), "server", 2);
+    assert_eq!(started("Failed").0, update);
+    let (config, said) = started("Complete");
+    assert_eq!(config, whole);
+    assert!(said.contains("the image begins anew: the last build of oscontainer-next failed"), "{said}");
+    assert_eq!(started("Complete").0, update);
+    // What it has already is not built again.
+    image(json!({"ostree.ref": "test/host", "oscontainer.artifact": *artifact.borrow()}), "server", 3);
+    let (config, said) = started("Complete");
+    assert!(config.is_none() && said.contains(&format!("has the artifact {} already", artifact.borrow())), "{said}");
+    // Who has only the rights of before.
     image(of_before(), "server", 3);
+    let role = cluster.one("Role", OTHER, "trigger-build");
+    let mut less = role.clone();
+    less["rules"].as_array_mut().unwrap().retain(|rule| rule["resources"] != json!(["builds"]));
+    cluster.put(less);
+    let (config, said) = started("Complete");
+    assert_eq!(config, whole);
+    assert!(
+        said.contains("the image begins anew: builds.build.openshift.io is forbidden") || said.contains("cannot list"),
+        "{said}"
+    );
+    cluster.put(role);
+    assert_eq!(started("Complete").0, update);
+    // Without the annotation there is one BuildConfig.
     let configs = cluster.list("BuildConfig", OTHER);
     let mut config = configs.into_iter().find(|config| config["metadata"]["name"] == "oscontainer").unwrap();
     config["metadata"]["annotations"] = json!({"oscontainer/next": "../other"});
@@ -230,6 +262,13 @@ fn updates_are_built_upon_the_image_there_is() {
         &mut setting.run(&there),
         3,
         "the annotation oscontainer/next of the BuildConfig oscontainer says \"../other\"",
+    );
+    config["metadata"]["annotations"] = json!({"oscontainer/next": "next", "oscontainer/max-layers": "many"});
+    cluster.put(config.clone());
+    fails(
+        &mut setting.run(&there),
+        3,
+        "the annotation oscontainer/max-layers of the BuildConfig oscontainer is no number",
     );
     config["metadata"]["annotations"] = json!({});
     cluster.put(config);

@@ -126,6 +126,9 @@ fn attempt(args: &FetchArgs, runtime: &Runtime, stop: &CancellationToken, retry:
         "file" => (local(&args.manifest_url, &args.digest)?, 0),
         _ => return Err(Usage(format!("{}: expected an http, https or file URL", args.manifest_url)).into()),
     };
+    if let Some(directory) = &args.layer_index {
+        container::goes_on(directory, &fetched.manifest.ref_name)?;
+    }
     let staging = Staging::for_output(&args.output)?;
     let tarball = fetched.manifest.tarball.clone();
     let progress = Progress::bytes("downloading and verifying", Some(tarball.size));

@@ -79,6 +79,18 @@ pub fn write_index(directory: &Path, repo: &Path, added: Added<'_>) -> Result<()
     repo::replace(&directory.join(index::file_name(index.layer)), &index.to_bytes()?)
 }
 
+/// Makes sure that what is added to the image whose indexes lie in `directory` has its ref.
+///
+/// # Errors
+/// Rejected when it has not, or when an index is damaged; else when they cannot be read.
+pub fn goes_on(directory: &Path, ref_name: &str) -> Result<()> {
+    let last = read_indexes(directory)?.into_values().rev().find_map(|index| index.ref_name);
+    if let Some(last) = last.filter(|last| last != ref_name) {
+        reject!("the image has the ref {last}, and the artifact {ref_name}: build it without PREVIOUS");
+    }
+    Ok(())
+}
+
 /// The commits of the image whose indexes lie in `directory`, in their order.
 ///
 /// # Errors

@@ -161,14 +161,14 @@ fn assemble(args: &ImageArgs) -> Result<Printed> {
         optional: is_push(args),
         new_machine: args.index || args.fresh,
     });
+    // Nothing is read for what has no place to go.
+    let output = args.index.then(|| Output::create(&reference, &registries)).transpose()?;
+    output.as_ref().map(Output::takes_machines).transpose()?;
     // Files are read while registries are waited for.
     let (mut output, previous, server, source) = thread::scope(|scope| {
         let (server, source) = (scope.spawn(|| server.read()), scope.spawn(|| source.walk()));
         // Before the image there is read: who may write may read, so one token is enough.
-        let output = Output::create(&reference, &registries)?;
-        if args.index {
-            output.takes_machines()?;
-        }
+        let output = output.map_or_else(|| Output::create(&reference, &registries), Ok)?;
         let previous = wanted.and_then(|wanted| Previous::open(&wanted, &registries).transpose()).transpose()?;
         let panicked = |_| anyhow!("a thread panicked");
         let (server, source) = (server.join().map_err(panicked)?, source.join().map_err(panicked)?);

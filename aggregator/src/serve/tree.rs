@@ -83,7 +83,7 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NotFound`] for what is not there.
     pub fn small(&self, entry: &Entry) -> io::Result<Option<(Buffer, String)>> {
-        let Some(name) = &entry.object else { return Ok(None) };
+        let Some(name) = entry.object.as_ref().filter(|_| Buffer::may_copy()) else { return Ok(None) };
         let mut file = self.walk(&entry.path)?;
         // Mostly that is all of it, and the next read says so.
         let mut start = [MaybeUninit::uninit(); TINY];
@@ -98,7 +98,7 @@ impl Tree {
         if !metadata.is_file() || size > SMALL {
             return Ok(None);
         }
-        let Some(mut buffer) = Buffer::exact(size as usize) else { return Ok(None) };
+        let Some(mut buffer) = Buffer::whole(size as usize) else { return Ok(None) };
         file.rewind()?;
         file.read_exact(&mut buffer)?;
         Ok(Some((buffer, etag(name, size))))

@@ -14,7 +14,7 @@ use axum::http::header::{
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use futures_util::{Stream, TryStreamExt};
 use headers::{ETag, HeaderMapExt, IfMatch, IfNoneMatch};
-use rustix::io::{ReadWriteFlags, preadv2};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::fs::File;
 use tokio::sync::oneshot;
 
@@ -124,10 +124,12 @@ impl Sending {
             None => None,
         };
         let mut buffer = Buffer::up_to(self.end - self.position, last);
-        // What the system has in memory is read here and now; only for a disk another thread waits.
+        // What the system has in memory is read here and now; only for a disk another thread waits. Where nobody can
+        // know (overlayfs), a little is waited for: mostly it was read ahead.
         let at_once = preadv2(&*self.file, &mut [IoSliceMut::new(&mut buffer)], self.position, ReadWriteFlags::NOWAIT);
         let count = match at_once {
             Ok(count) => count,
+            Err(Errno::OPNOTSUPP) if buffer.is_small() => self.file.read_at(&mut buffer, self.position)?,
             Err(_) => {
                 let (file, position) = (Arc::clone(&self.file), self.position);
                 let read = tokio::task::spawn_blocking(move || {

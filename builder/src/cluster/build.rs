@@ -17,8 +17,10 @@ use crate::publish::Published;
 const NEXT: &str = "oscontainer/next";
 /// The annotation that says how many layers an image may have that is added to.
 const MAX_LAYERS: &str = "oscontainer/max-layers";
-/// The same where it says nothing, as `image --max-layers` has it.
+/// The same where it says nothing, as with `image --max-layers`.
 const DEFAULT_MAX_LAYERS: usize = 64;
+/// The label of an image that names the artifact in it (aggregator/Containerfile).
+const ARTIFACT: &str = "oscontainer.artifact";
 /// The label of a build that names its BuildConfig.
 const LABEL: &str = "openshift.io/build-config.name";
 
@@ -26,7 +28,7 @@ const LABEL: &str = "openshift.io/build-config.name";
 enum Choice {
     /// A build of this BuildConfig.
     Build(String),
-    /// Nothing: the image has its commit.
+    /// Nothing: this image has it.
     Nothing(Image),
 }
 
@@ -65,42 +67,82 @@ pub async fn instantiate(client: &Client, namespace: &str, name: &str, published
 }
 
 async fn chosen(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Choice> {
-    let config = found(client, path(namespace, "build", &format!("buildconfigs/{name}"))).await?.unwrap_or_default();
+    let whole = |why: String| {
+        tracing::info!("the image begins anew: {why}");
+        Ok(Choice::Build(name.to_owned()))
+    };
+    match upon(client, namespace, name, published).await {
+        Ok(Ok(choice)) => Ok(choice),
+        Ok(Err(why)) => whole(why),
+        // As before there were two.
+        Err(error) => match error.downcast::<Forbidden>() {
+            Ok(Forbidden(message)) => whole(message),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// What is to be done, or why the image begins anew.
+async fn upon(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Result<Choice, String>> {
+    let Some(config) = found(client, path(namespace, "build", &format!("buildconfigs/{name}"))).await? else {
+        // Starting it says so.
+        return Ok(Ok(Choice::Build(name.to_owned())));
+    };
     let annotations = &config["metadata"]["annotations"];
-    let Some(next) = annotations[NEXT].as_str() else { return Ok(Choice::Build(name.to_owned())) };
+    let Some(next) = annotations[NEXT].as_str() else { return Ok(Ok(Choice::Build(name.to_owned()))) };
     if !valid(next) {
         reject!("the annotation {NEXT} of the BuildConfig {name} says {next:?}, which is no name");
     }
+    let most = match annotations[MAX_LAYERS].as_str().map(str::parse) {
+        None => DEFAULT_MAX_LAYERS,
+        Some(Ok(most)) => most,
+        Some(Err(_)) => reject!("the annotation {MAX_LAYERS} of the BuildConfig {name} is no number"),
+    };
+    let image = tag(client, namespace, &config["spec"]["output"]["to"]).await?;
+    let base = tag(client, namespace, &config["spec"]["strategy"]["dockerStrategy"]["from"]).await?.unwrap_or_default();
+    let layers = image.as_ref().map(layers).unwrap_or_default();
+    let label = |name: &str| {
+        let image = image.as_ref().unwrap_or(&Value::Null);
+        image["image"]["dockerImageMetadata"]["Config"]["Labels"][name].as_str().unwrap_or_default()
+    };
+    let below = self::layers(&base);
+    if image.is_some() && label("ostree.ref") != published.ref_name {
+        return Ok(Err(format!("the one there is has the ref {:?}", label("ostree.ref"))));
+    }
+    if image.is_some() && (below.is_empty() || !layers.starts_with(&below)) {
+        return Ok(Err("the one there is began with another image of the aggregator".to_owned()));
+    }
     // Builds of one BuildConfig wait for each other, those of two do not: the older image could come last.
-    for name in [name, next] {
-        if runs(client, namespace, name).await? {
+    let (of_whole, of_next) = (builds_of(client, namespace, name).await?, builds_of(client, namespace, next).await?);
+    for (name, builds) in [(name, &of_whole), (next, &of_next)] {
+        if builds.iter().any(|build| is(build, &["New", "Pending", "Running"])) {
             tracing::info!("builds of {name} are under way, and this one waits for them");
-            return Ok(Choice::Build(name.to_owned()));
+            return Ok(Ok(Choice::Build(name.to_owned())));
         }
     }
-    let image = tag(client, namespace, &config["spec"]["output"]["to"]).await?;
-    let base = tag(client, namespace, &config["spec"]["strategy"]["dockerStrategy"]["from"]).await?;
-    let most = annotations[MAX_LAYERS].as_str().and_then(|most| most.parse().ok()).unwrap_or(DEFAULT_MAX_LAYERS);
-    let (image, base) = (image.unwrap_or_default(), base.unwrap_or_default());
-    let label =
-        |name: &str| image["image"]["dockerImageMetadata"]["Config"]["Labels"][name].as_str().unwrap_or_default();
-    let (layers, below) = (layers(&image), layers(&base));
-    let why = if image.is_null() {
-        "there is none yet".to_owned()
-    } else if label("ostree.ref") != published.ref_name {
-        format!("the one there is has the ref {:?}", label("ostree.ref"))
-    } else if below.is_empty() || !layers.starts_with(&below) {
-        "the one there is began with another image of the aggregator".to_owned()
-    } else if let Some(there) = Image::of(&image).filter(|_| label("ostree.commit") == published.commit) {
-        tracing::info!("{} has the commit {} already", there.image, published.commit);
-        return Ok(Choice::Nothing(there));
-    } else if layers.len() > most {
-        format!("the one there is has {} layers", layers.len())
-    } else {
-        return Ok(Choice::Build(next.to_owned()));
-    };
-    tracing::info!("the image begins anew: {why}");
-    Ok(Choice::Build(name.to_owned()))
+    let Some(image) = &image else { return Ok(Err("there is none yet".to_owned())) };
+    if let Some(there) = Image::of(image).filter(|_| label(ARTIFACT) == published.manifest_digest) {
+        tracing::info!("{} has the artifact {} already", there.image, published.manifest_digest);
+        return Ok(Ok(Choice::Nothing(there)));
+    }
+    if layers.len() >= most {
+        return Ok(Err(format!("the one there is has {} layers", layers.len())));
+    }
+    let newest = |builds: &[Value]| builds.iter().map(made).max();
+    let failed = of_next.iter().filter(|build| is(build, &["Failed", "Error"])).map(made).max();
+    if failed.is_some() && failed >= newest(&of_next).max(newest(&of_whole)) {
+        return Ok(Err(format!("the last build of {next} failed")));
+    }
+    Ok(Ok(Choice::Build(next.to_owned())))
+}
+
+/// When a build was made, as the API writes it: later times are greater.
+fn made(build: &Value) -> String {
+    build["metadata"]["creationTimestamp"].as_str().unwrap_or_default().to_owned()
+}
+
+fn is(build: &Value, phases: &[&str]) -> bool {
+    build["status"]["phase"].as_str().is_some_and(|phase| phases.contains(&phase))
 }
 
 /// The digests of an ImageStreamTag's layers, the lowest first; none where OpenShift does not know them.
@@ -120,12 +162,12 @@ impl Image {
     }
 }
 
-/// Whether a build of this BuildConfig has not ended.
-async fn runs(client: &Client, namespace: &str, name: &str) -> Result<bool> {
-    let selector = format!("builds?labelSelector={}%3D{name}", LABEL.replace('/', "%2F"));
-    let list = found(client, path(namespace, "build", &selector)).await?.unwrap_or_default();
-    let mut phases = list["items"].as_array().into_iter().flatten().map(|build| &build["status"]["phase"]);
-    Ok(phases.any(|phase| ["New", "Pending", "Running"].iter().any(|unfinished| phase == unfinished)))
+/// The builds of this BuildConfig.
+async fn builds_of(client: &Client, namespace: &str, name: &str) -> Result<Vec<Value>> {
+    // A label has 63 letters, and OpenShift cuts the name.
+    let selector = format!("{}%3D{}", LABEL.replace('/', "%2F"), &name[..name.len().min(63)]);
+    let list = found(client, path(namespace, "build", &format!("builds?labelSelector={selector}"))).await?;
+    Ok(list.unwrap_or_default()["items"].as_array().cloned().unwrap_or_default())
 }
 
 /// The ImageStreamTag that a BuildConfig refers to, if it is one and is there.
@@ -141,14 +183,20 @@ fn path(namespace: &str, group: &str, rest: &str) -> String {
     format!("/apis/{group}.openshift.io/v1/namespaces/{namespace}/{rest}")
 }
 
-/// What is there; nothing where we may not know.
+/// What we may not know.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Forbidden(String);
+
+/// What is there.
+///
+/// # Errors
+/// [`Forbidden`], among others.
 async fn found(client: &Client, path: String) -> Result<Option<Value>> {
     match ask(client, Request::get(path).body(Vec::new())).await {
         Ok(found) => Ok(Some(found)),
-        Err(kube::Error::Api(status)) if [403, 404].contains(&status.code) => {
-            tracing::info!("{}", status.message);
-            Ok(None)
-        }
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+        Err(kube::Error::Api(status)) if status.code == 403 => Err(Forbidden(status.message.clone()).into()),
         Err(error) => Err(told(error)),
     }
 }

@@ -111,7 +111,7 @@ pub struct Image {
 pub enum Started {
     /// What is to be followed.
     Follow(Watched),
-    /// Nothing: this image has the commit already.
+    /// Nothing: this image has the artifact already.
     Before(Image),
 }
 

@@ -62,6 +62,11 @@ d /var/usrlocal/sbin 0755 root root - -
 d /var/usrlocal/share 0755 root root - -
 d /var/usrlocal/src 0755 root root - -
 ";
+/// The old places of what is in /usr/lib/opt and /usr/local.
+const OPT_LINKS: &str = "\
+L /var/opt - - - - ../usr/lib/opt
+L /var/usrlocal - - - - ../usr/local
+";
 /// What dnf, rpm and ldconfig leave, and no image needs or can have reproducible.
 const LEFTOVERS: [&str; 24] = [
     "etc/.updated",
@@ -162,7 +167,7 @@ pub fn arrange(tree: &Tree, treefile: &Treefile, volatile: &[Volatile]) -> Resul
     for entry in volatile {
         links.push(describe_volatile(entry)?);
     }
-    empty_var(tree, &accounts, opt == OptUsrLocal::Var, links)?;
+    empty_var(tree, &accounts, opt, links)?;
     // An empty machine-id makes systemd set one up at the first boot.
     if treefile.machineid_compat.unwrap_or(true) {
         tree.write("etc/machine-id", b"", 0o644)?;
@@ -283,11 +288,7 @@ fn place_policy(tree: &Tree) -> Result<()> {
     }
     let substitutions = format!("etc/selinux/{name}/contexts/files/file_contexts.subs_dist");
     if let Some(text) = tree.read(&substitutions)? {
-        // Home directories are in /var/home, and the policy may think the other way round.
-        let lines =
-            text.lines().map(|line| format!("{}{line}\n", if line.starts_with("/var/home ") { "# " } else { "" }));
-        let text: String = lines.chain(["/home /var/home\n".to_owned()]).collect();
-        tree.write(&substitutions, text.as_bytes(), 0o644)?;
+        tree.write(&substitutions, substituted(&text).as_bytes(), 0o644)?;
     }
     let store = format!("var/lib/selinux/{name}");
     if tree.find(&format!("{store}/active/modules"))?.is_none() {
@@ -312,6 +313,29 @@ fn place_policy(tree: &Tree) -> Result<()> {
     }
     tracing::info!("the store of the SELinux policy's modules moves to /etc/selinux/{name}");
     merge(tree, &store, &format!("etc/selinux/{name}"))
+}
+
+/// Which paths have the labels of others, besides what the policy says: home directories are in /var/home, though the
+/// policy may think the other way round; /etc is made of /usr/etc, and /opt of /usr/lib/opt (rpm-ostree,
+/// rust/src/composepost.rs, `postprocess_subs_dist`).
+fn substituted(text: &str) -> String {
+    let has = |path: &str| text.lines().any(|line| line.starts_with(path));
+    let mut new: String = text
+        .lines()
+        .map(|line| format!("{}{line}\n", if line.starts_with("/var/home ") { "# " } else { "" }))
+        .collect();
+    new += "/home /var/home\n";
+    if !has("/usr/etc ") {
+        new += "/usr/etc /etc\n";
+    }
+    // A path is substituted once.
+    for line in text.lines().filter(|line| line.starts_with("/etc/")) {
+        new += &format!("/usr{line}\n");
+    }
+    if !has("/usr/lib/opt ") {
+        new += "/usr/lib/opt /opt\n";
+    }
+    new
 }
 
 /// New users' home directories are in /var.
@@ -351,14 +375,20 @@ fn remount(tree: &Tree) -> Result<()> {
 }
 
 /// Describes /var and /run for systemd-tmpfiles and empties /var. Nothing is lost: regular
-/// files move to /usr/share/factory and are copied from there at boot. With `opt`,
-/// /opt and /usr/local are links into it. `lines` are described already.
-fn empty_var(tree: &Tree, accounts: &Accounts, opt: bool, mut lines: Vec<String>) -> Result<()> {
+/// files move to /usr/share/factory and are copied from there at boot. `opt` says what of /opt and
+/// /usr/local is in it. `lines` are described already.
+fn empty_var(tree: &Tree, accounts: &Accounts, opt: OptUsrLocal, mut lines: Vec<String>) -> Result<()> {
+    let opt_directories = match opt {
+        OptUsrLocal::Var => OPT_DIRECTORIES,
+        // What a package has there stays there.
+        OptUsrLocal::StateOverlay if names(tree, "var/opt")?.is_empty() => OPT_LINKS,
+        _ => "",
+    };
     let var = tree.directory("var")?;
     describe(&var, "/var", tree, accounts, &mut lines)?;
     lines.sort();
     lines.dedup();
-    let directories = if opt { [VAR_DIRECTORIES, OPT_DIRECTORIES].concat() } else { VAR_DIRECTORIES.to_owned() };
+    let directories = [VAR_DIRECTORIES, opt_directories].concat();
     // What a package says itself counts, but for a file that it has content for; systemd-tmpfiles
     // warns of a second line.
     let mut known = tmpfiles(tree)?;

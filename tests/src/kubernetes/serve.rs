@@ -265,7 +265,11 @@ fn instantiate(store: &mut Store, target: &Target<'_>, request: &Value) -> Resul
     if from["kind"] == "ImageStreamTag" {
         let name = from["name"].as_str().unwrap_or_default();
         let Some(tag) = store.get("ImageStreamTag", &target.namespace, name) else {
-            return Err(Refused(404, "NotFound", format!("imagestreamtags.image.openshift.io \"{name}\" not found")));
+            return Err(Refused(
+                422,
+                "Invalid",
+                format!("BuildConfig is invalid: unable to find latest tagged image: {name}"),
+            ));
         };
         *from = json!({"kind": "DockerImage", "name": tag["image"]["dockerImageReference"]});
     }

@@ -112,7 +112,9 @@ impl Store {
         let metadata = &mut object["metadata"];
         if metadata["uid"].is_null() {
             metadata["uid"] = format!("00000000-0000-4000-8000-{:012}", self.version).into();
-            metadata["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
+            // A second passes with each change.
+            let (minutes, seconds) = (self.version / 60, self.version % 60);
+            metadata["creationTimestamp"] = format!("2026-01-01T00:{minutes:02}:{seconds:02}Z").into();
         }
         metadata["resourceVersion"] = self.version.to_string().into();
         let kind = if before.is_some() { "MODIFIED" } else { "ADDED" };

@@ -75,7 +75,7 @@ fn a_build_on_openshift_is_followed() {
 fn what_the_image_has_is_not_built_again() {
     let setting = openshift();
     let published = published();
-    let labels = json!({"ostree.ref": published["ref"], "ostree.commit": published["commit"]});
+    let labels = json!({"ostree.ref": published["ref"], "oscontainer.artifact": DIGEST});
     let layers = ["sha256:server", "sha256:host"].map(str::to_owned);
     setting.cluster.put_image(OTHER, "oscontainer:host", labels, &layers);
     let (submit, job) = setting.submitting(&["--aggregate", "buildconfig/oscontainer"]);
