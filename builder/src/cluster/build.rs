@@ -28,6 +28,8 @@ const LABEL: &str = "openshift.io/build-config.name";
 enum Choice {
     /// A build of this BuildConfig.
     Build(String),
+    /// A build that begins with the aggregator's image, for this reason.
+    Anew(String),
     /// Nothing: this image has it.
     Nothing(Image),
 }
@@ -38,8 +40,16 @@ enum Choice {
 /// # Errors
 /// Rejected when the cluster has or allows no such thing.
 pub async fn instantiate(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Started> {
-    let name = match chosen(client, namespace, name, published).await? {
+    let choice = match choose(client, namespace, name, published).await {
+        Ok(choice) => choice,
+        Err(error) => Choice::Anew(error.downcast::<Forbidden>()?.0),
+    };
+    let name = match choice {
         Choice::Build(name) => name,
+        Choice::Anew(why) => {
+            tracing::info!("the image begins anew: {why}");
+            name.to_owned()
+        }
         Choice::Nothing(image) => return Ok(Started::Before(image)),
     };
     let body = json!({
@@ -66,30 +76,17 @@ pub async fn instantiate(client: &Client, namespace: &str, name: &str, published
     Ok(Started::Follow(Watched { resource: builds(), name: build.to_owned(), pods, before: false }))
 }
 
-async fn chosen(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Choice> {
-    let whole = |why: String| {
-        tracing::info!("the image begins anew: {why}");
-        Ok(Choice::Build(name.to_owned()))
-    };
-    match upon(client, namespace, name, published).await {
-        Ok(Ok(choice)) => Ok(choice),
-        Ok(Err(why)) => whole(why),
-        // As before there were two.
-        Err(error) => match error.downcast::<Forbidden>() {
-            Ok(Forbidden(message)) => whole(message),
-            Err(error) => Err(error),
-        },
-    }
-}
-
-/// What is to be done, or why the image begins anew.
-async fn upon(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Result<Choice, String>> {
+/// What is to be done where the BuildConfig is `name`.
+///
+/// # Errors
+/// [`Forbidden`] where we may not know, among others.
+async fn choose(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Choice> {
     let Some(config) = found(client, path(namespace, "build", &format!("buildconfigs/{name}"))).await? else {
         // Starting it says so.
-        return Ok(Ok(Choice::Build(name.to_owned())));
+        return Ok(Choice::Build(name.to_owned()));
     };
     let annotations = &config["metadata"]["annotations"];
-    let Some(next) = annotations[NEXT].as_str() else { return Ok(Ok(Choice::Build(name.to_owned()))) };
+    let Some(next) = annotations[NEXT].as_str() else { return Ok(Choice::Build(name.to_owned())) };
     if !valid(next) {
         reject!("the annotation {NEXT} of the BuildConfig {name} says {next:?}, which is no name");
     }
@@ -107,33 +104,33 @@ async fn upon(client: &Client, namespace: &str, name: &str, published: &Publishe
     };
     let below = self::layers(&base);
     if image.is_some() && label("ostree.ref") != published.ref_name {
-        return Ok(Err(format!("the one there is has the ref {:?}", label("ostree.ref"))));
+        return Ok(Choice::Anew(format!("the one there is has the ref {:?}", label("ostree.ref"))));
     }
     if image.is_some() && (below.is_empty() || !layers.starts_with(&below)) {
-        return Ok(Err("the one there is began with another image of the aggregator".to_owned()));
+        return Ok(Choice::Anew("the one there is began with another image of the aggregator".to_owned()));
     }
     // Builds of one BuildConfig wait for each other, those of two do not: the older image could come last.
     let (of_whole, of_next) = (builds_of(client, namespace, name).await?, builds_of(client, namespace, next).await?);
     for (name, builds) in [(name, &of_whole), (next, &of_next)] {
         if builds.iter().any(|build| is(build, &["New", "Pending", "Running"])) {
             tracing::info!("builds of {name} are under way, and this one waits for them");
-            return Ok(Ok(Choice::Build(name.to_owned())));
+            return Ok(Choice::Build(name.to_owned()));
         }
     }
-    let Some(image) = &image else { return Ok(Err("there is none yet".to_owned())) };
+    let Some(image) = &image else { return Ok(Choice::Anew("there is none yet".to_owned())) };
     if let Some(there) = Image::of(image).filter(|_| label(ARTIFACT) == published.manifest_digest) {
         tracing::info!("{} has the artifact {} already", there.image, published.manifest_digest);
-        return Ok(Ok(Choice::Nothing(there)));
+        return Ok(Choice::Nothing(there));
     }
     if layers.len() >= most {
-        return Ok(Err(format!("the one there is has {} layers", layers.len())));
+        return Ok(Choice::Anew(format!("the one there is has {} layers", layers.len())));
     }
     let newest = |builds: &[Value]| builds.iter().map(made).max();
     let failed = of_next.iter().filter(|build| is(build, &["Failed", "Error"])).map(made).max();
     if failed.is_some() && failed >= newest(&of_next).max(newest(&of_whole)) {
-        return Ok(Err(format!("the last build of {next} failed")));
+        return Ok(Choice::Anew(format!("the last build of {next} failed")));
     }
-    Ok(Ok(Choice::Build(next.to_owned())))
+    Ok(Choice::Build(next.to_owned()))
 }
 
 /// When a build was made, as the API writes it: later times are greater.
