@@ -65,6 +65,7 @@ fn an_ordinary_user_builds_the_oscontainer() {
     let config: Value = serde_json::from_str(&ok(tool("skopeo").args(["inspect", "--config", &image])).stdout).unwrap();
     let config = &config["config"];
     assert_eq!(config["Labels"]["ostree.commit"], commit.as_str());
+    assert_eq!(config["Labels"]["oscontainer.artifact"], artifact.digest.as_str());
     assert_eq!(config["Entrypoint"], serde_json::json!(["/usr/bin/oscontainer-aggregator", "serve"]));
     assert_eq!(config["User"], "65532:65532");
     let unpacked = dir.path().join("unpacked");
