@@ -2,17 +2,20 @@
 //! whose build begins with the image that both make: that adds one layer, with what is new (docs/openshift.md).
 
 use anyhow::Result;
-use axum::http::Request;
-use kube::Client;
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, PostParams};
+use kube::{Api, Client, ResourceExt};
 use oscontainer_program::reject;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::follow::Watched;
 use super::trigger::{DIGEST, Image, Started, URL, valid};
-use super::{builds, patiently, told};
+use super::{patiently, told};
 use crate::publish::Published;
 
+/// OpenShift's resources: group, kind and plural.
+const BUILD_CONFIG: [&str; 3] = ["build.openshift.io", "BuildConfig", "buildconfigs"];
+const BUILD: [&str; 3] = ["build.openshift.io", "Build", "builds"];
+const IMAGE_STREAM_TAG: [&str; 3] = ["image.openshift.io", "ImageStreamTag", "imagestreamtags"];
 /// The annotation that names the BuildConfig for updates.
 const NEXT: &str = "oscontainer/next";
 /// The annotation that says how many layers an image may have that is added to.
@@ -65,15 +68,15 @@ pub async fn instantiate(client: &Client, namespace: &str, name: &str, published
             {"name": "VERSION", "value": published.version},
         ]},
     });
-    let path = format!("{}/instantiate", path(namespace, "build", &format!("buildconfigs/{name}")));
-    let request = Request::post(path).header("content-type", "application/json");
+    let (configs, parameters) = (api(client, namespace, BUILD_CONFIG), PostParams::default());
     // Where the answer got lost there are two builds; the second changes nothing.
-    let build: Value = ask(client, request.body(body.to_string().into_bytes())).await.map_err(told)?;
+    let started = patiently(async || configs.create_subresource("instantiate", &name, &parameters, &body).await);
+    let build: Value = started.await.map_err(told)?;
     let Some(build) = build["metadata"]["name"].as_str() else {
         reject!("the cluster's answer names no build");
     };
     let pods = format!("openshift.io/build.name={build}");
-    Ok(Started::Follow(Watched { resource: builds(), name: build.to_owned(), pods, before: false }))
+    Ok(Started::Follow(Watched { resource: resource(BUILD), name: build.to_owned(), pods, before: false }))
 }
 
 /// What is to be done where the BuildConfig is `name`.
@@ -81,28 +84,27 @@ pub async fn instantiate(client: &Client, namespace: &str, name: &str, published
 /// # Errors
 /// [`Forbidden`] where we may not know, among others.
 async fn choose(client: &Client, namespace: &str, name: &str, published: &Published) -> Result<Choice> {
-    let Some(config) = found(client, path(namespace, "build", &format!("buildconfigs/{name}"))).await? else {
+    let configs = api(client, namespace, BUILD_CONFIG);
+    let Some(config) = found(async || configs.get(name).await).await? else {
         // Starting it says so.
         return Ok(Choice::Build(name.to_owned()));
     };
-    let annotations = &config["metadata"]["annotations"];
-    let Some(next) = annotations[NEXT].as_str() else { return Ok(Choice::Build(name.to_owned())) };
+    let annotations = config.annotations();
+    let Some(next) = annotations.get(NEXT) else { return Ok(Choice::Build(name.to_owned())) };
     if !valid(next) {
         reject!("the annotation {NEXT} of the BuildConfig {name} says {next:?}, which is no name");
     }
-    let most = match annotations[MAX_LAYERS].as_str().map(str::parse) {
+    let most = match annotations.get(MAX_LAYERS).map(|most| most.parse()) {
         None => DEFAULT_MAX_LAYERS,
         Some(Ok(most)) => most,
         Some(Err(_)) => reject!("the annotation {MAX_LAYERS} of the BuildConfig {name} is no number"),
     };
-    let image = tag(client, namespace, &config["spec"]["output"]["to"]).await?;
-    let base = tag(client, namespace, &config["spec"]["strategy"]["dockerStrategy"]["from"]).await?.unwrap_or_default();
-    let layers = image.as_ref().map(layers).unwrap_or_default();
-    let label = |name: &str| {
-        let image = image.as_ref().unwrap_or(&Value::Null);
-        image["image"]["dockerImageMetadata"]["Config"]["Labels"][name].as_str().unwrap_or_default()
-    };
-    let below = self::layers(&base);
+    let spec = &config.data["spec"];
+    let image = tag(client, namespace, &spec["output"]["to"]).await?;
+    let base = tag(client, namespace, &spec["strategy"]["dockerStrategy"]["from"]).await?;
+    let (layers, below) = (layers(image.as_ref()), layers(base.as_ref()));
+    let labels = image.as_ref().map(|image| &image.data["image"]["dockerImageMetadata"]["Config"]["Labels"]);
+    let label = |name: &str| labels.and_then(|labels| labels[name].as_str()).unwrap_or_default();
     if image.is_some() && label("ostree.ref") != published.ref_name {
         return Ok(Choice::Anew(format!("the one there is has the ref {:?}", label("ostree.ref"))));
     }
@@ -125,59 +127,59 @@ async fn choose(client: &Client, namespace: &str, name: &str, published: &Publis
     if layers.len() >= most {
         return Ok(Choice::Anew(format!("the one there is has {} layers", layers.len())));
     }
-    let newest = |builds: &[Value]| builds.iter().map(made).max();
-    let failed = of_next.iter().filter(|build| is(build, &["Failed", "Error"])).map(made).max();
-    if failed.is_some() && failed >= newest(&of_next).max(newest(&of_whole)) {
+    let failed =
+        of_next.iter().filter(|build| is(build, &["Failed", "Error"])).map(ResourceExt::creation_timestamp).max();
+    if failed.is_some() && failed >= of_next.iter().chain(&of_whole).map(ResourceExt::creation_timestamp).max() {
         return Ok(Choice::Anew(format!("the last build of {next} failed")));
     }
     Ok(Choice::Build(next.to_owned()))
 }
 
-/// When a build was made, as the API writes it: later times are greater.
-fn made(build: &Value) -> String {
-    build["metadata"]["creationTimestamp"].as_str().unwrap_or_default().to_owned()
-}
-
-fn is(build: &Value, phases: &[&str]) -> bool {
-    build["status"]["phase"].as_str().is_some_and(|phase| phases.contains(&phase))
+fn is(build: &DynamicObject, phases: &[&str]) -> bool {
+    build.data["status"]["phase"].as_str().is_some_and(|phase| phases.contains(&phase))
 }
 
 /// The digests of an ImageStreamTag's layers, the lowest first; none where OpenShift does not know them.
-fn layers(tag: &Value) -> Vec<&str> {
-    let layers = tag["image"]["dockerImageLayers"].as_array().into_iter().flatten();
-    layers.filter_map(|layer| layer["name"].as_str()).collect()
+fn layers(tag: Option<&DynamicObject>) -> Vec<&str> {
+    let layers = tag.and_then(|tag| tag.data["image"]["dockerImageLayers"].as_array());
+    layers.into_iter().flatten().filter_map(|layer| layer["name"].as_str()).collect()
 }
 
 impl Image {
     /// The one of an ImageStreamTag.
-    fn of(tag: &Value) -> Option<Self> {
+    fn of(tag: &DynamicObject) -> Option<Self> {
         let text = |value: &Value| value.as_str().map(str::to_owned);
         Some(Self {
-            image: text(&tag["image"]["dockerImageReference"])?,
-            digest: text(&tag["image"]["metadata"]["name"])?,
+            image: text(&tag.data["image"]["dockerImageReference"])?,
+            digest: text(&tag.data["image"]["metadata"]["name"])?,
         })
     }
 }
 
 /// The builds of this BuildConfig.
-async fn builds_of(client: &Client, namespace: &str, name: &str) -> Result<Vec<Value>> {
+async fn builds_of(client: &Client, namespace: &str, name: &str) -> Result<Vec<DynamicObject>> {
     // A label has 63 letters, and OpenShift cuts the name.
-    let selector = format!("{}%3D{}", LABEL.replace('/', "%2F"), &name[..name.len().min(63)]);
-    let list = found(client, path(namespace, "build", &format!("builds?labelSelector={selector}"))).await?;
-    Ok(list.unwrap_or_default()["items"].as_array().cloned().unwrap_or_default())
+    let parameters = ListParams::default().labels(&format!("{LABEL}={}", &name[..name.len().min(63)]));
+    let builds = api(client, namespace, BUILD);
+    let list = found(async || builds.list(&parameters).await).await?;
+    Ok(list.map(|list| list.items).unwrap_or_default())
 }
 
 /// The ImageStreamTag that a BuildConfig refers to, if it is one and is there.
-async fn tag(client: &Client, namespace: &str, reference: &Value) -> Result<Option<Value>> {
+async fn tag(client: &Client, namespace: &str, reference: &Value) -> Result<Option<DynamicObject>> {
     let Some(name) = reference["name"].as_str().filter(|_| reference["kind"] == "ImageStreamTag") else {
         return Ok(None);
     };
-    let namespace = reference["namespace"].as_str().unwrap_or(namespace);
-    found(client, path(namespace, "image", &format!("imagestreamtags/{name}"))).await
+    let tags = api(client, reference["namespace"].as_str().unwrap_or(namespace), IMAGE_STREAM_TAG);
+    found(async || tags.get(name).await).await
 }
 
-fn path(namespace: &str, group: &str, rest: &str) -> String {
-    format!("/apis/{group}.openshift.io/v1/namespaces/{namespace}/{rest}")
+fn api(client: &Client, namespace: &str, kind: [&str; 3]) -> Api<DynamicObject> {
+    Api::namespaced_with(client.clone(), namespace, &resource(kind))
+}
+
+fn resource([group, kind, plural]: [&str; 3]) -> ApiResource {
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, "v1", kind), plural)
 }
 
 /// What we may not know.
@@ -189,19 +191,11 @@ struct Forbidden(String);
 ///
 /// # Errors
 /// [`Forbidden`], among others.
-async fn found(client: &Client, path: String) -> Result<Option<Value>> {
-    match ask(client, Request::get(path).body(Vec::new())).await {
+async fn found<T>(ask: impl AsyncFn() -> kube::Result<T>) -> Result<Option<T>> {
+    match patiently(ask).await {
         Ok(found) => Ok(Some(found)),
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
         Err(kube::Error::Api(status)) if status.code == 403 => Err(Forbidden(status.message.clone()).into()),
         Err(error) => Err(told(error)),
     }
-}
-
-async fn ask<T: DeserializeOwned>(
-    client: &Client,
-    request: axum::http::Result<Request<Vec<u8>>>,
-) -> Result<T, kube::Error> {
-    let request = request.map_err(kube::Error::HttpError)?;
-    patiently(async || client.request(request.clone()).await).await
 }

@@ -190,17 +190,6 @@ fn jobs() -> ApiResource {
     ApiResource::erase::<k8s_openapi::api::batch::v1::Job>(&())
 }
 
-/// The resource of OpenShift's builds.
-fn builds() -> ApiResource {
-    ApiResource {
-        group: "build.openshift.io".into(),
-        version: "v1".into(),
-        api_version: "build.openshift.io/v1".into(),
-        kind: "Build".into(),
-        plural: "builds".into(),
-    }
-}
-
 /// Five letters that make a name one of its own, as the API's `generateName` does.
 fn suffix() -> String {
     use std::hash::{BuildHasher, Hasher, RandomState};
