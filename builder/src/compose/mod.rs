@@ -13,6 +13,7 @@ mod namespace;
 mod objects;
 mod packages;
 mod plan;
+mod policy;
 pub mod process;
 mod repo_file;
 mod report;
