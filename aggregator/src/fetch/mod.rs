@@ -21,10 +21,10 @@ use oscontainer_program::options::Global;
 use oscontainer_program::progress::Progress;
 use oscontainer_program::reject;
 use oscontainer_program::retry::Retry;
+use oscontainer_program::server;
 use reqwest::Url;
 use serde::Serialize;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::image::container;
@@ -158,13 +158,10 @@ fn attempt(args: &FetchArgs, runtime: &Runtime, stop: &CancellationToken, retry:
 /// Lets SIGTERM and SIGINT end the transfer as an error does, so that nothing is left.
 fn stop_on_signals(runtime: &Runtime) -> Result<CancellationToken> {
     let _entered = runtime.enter();
-    let mut term = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let stop = CancellationToken::new();
+    let stop = server::stop_on_signals()?;
     let stopping = stop.clone();
     runtime.spawn(async move {
-        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
-        stopping.cancel();
+        stopping.cancelled().await;
         tokio::time::sleep(STOP_TIMEOUT).await;
         // It waits for another process or a slow disk; what it leaves the next run removes.
         #[expect(clippy::disallowed_methods, reason = "there is nobody left who could return")]
