@@ -12,7 +12,6 @@ use oscontainer_artifact::digest::Digest;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const AGGREGATOR: &str = concat!("oscontainer-aggregator:", env!("CARGO_PKG_VERSION"));
 const TOKEN: &str = "the-pods-token";
 const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
 
@@ -142,9 +141,7 @@ fn a_run_starts_the_aggregation_job() {
 /// A cluster with the two BuildConfigs, and the aggregator's image.
 fn openshift() -> Setting {
     let setting = Setting::new();
-    let openshift = source_dir().join("manifests/openshift");
-    setting.cluster.put_files([openshift.join("00-rights.yaml").as_path(), &openshift.join("40-build.yaml")]);
-    setting.cluster.put_image(OTHER, AGGREGATOR, json!({}), &layers("server", 1));
+    setting.cluster.put_openshift(&layers("server", 1));
     setting
 }
 

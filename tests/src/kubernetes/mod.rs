@@ -125,6 +125,13 @@ impl Kubernetes {
         }
     }
 
+    /// Makes it OpenShift: the rights and the BuildConfigs of the manifests, and the aggregator's image with these layers.
+    pub fn put_openshift(&self, layers: &[String]) {
+        let openshift = crate::source_dir().join("manifests/openshift");
+        self.put_files([openshift.join("00-rights.yaml").as_path(), &openshift.join("40-build.yaml")]);
+        self.put_image(OTHER, concat!("oscontainer-aggregator:", env!("CARGO_PKG_VERSION")), json!({}), layers);
+    }
+
     /// Has an image stream's tag name an image with these labels and layers, as a push does.
     pub fn put_image(&self, namespace: &str, tag: &str, labels: Value, layers: &[String]) {
         let (stream, _) = tag.split_once(':').expect("STREAM:TAG");

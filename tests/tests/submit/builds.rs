@@ -1,20 +1,15 @@
 //! `submit --aggregate buildconfig/NAME` on OpenShift.
 
 use e2e::kubernetes::OTHER;
-use e2e::source_dir;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{DIGEST, Running, Setting, published, text};
 
-const AGGREGATOR: &str = concat!("oscontainer-aggregator:", env!("CARGO_PKG_VERSION"));
-
 /// A cluster with the BuildConfigs, in which Jane may start builds.
 fn openshift() -> Setting {
     let setting = Setting::new();
-    let openshift = source_dir().join("manifests/openshift");
-    setting.cluster.put_files([openshift.join("00-rights.yaml").as_path(), &openshift.join("40-build.yaml")]);
-    setting.cluster.put_image(OTHER, AGGREGATOR, json!({}), &["sha256:server".to_owned()]);
+    setting.cluster.put_openshift(&["sha256:server".to_owned()]);
     setting.cluster.put(json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
         "metadata": {"name": "jane-builds", "namespace": OTHER},
